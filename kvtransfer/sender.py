@@ -1,0 +1,209 @@
+"""The sending machine of one hand-off. Sans-IO: it talks through a `SenderPort` and never waits.
+
+Invariants: a piece is packed only while GRANTED and only from blocks that are computed; every slot ever lent to this
+transfer is filled exactly once, with a piece or with a void; the commit is sent after the last piece was posted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from kvtransfer.protocol import SENDER, Send, SendEvent
+from splitfire.core.layout import KvLayout
+from splitfire.core.lifecycle import IllegalTransition, advance
+from splitfire.core.wire import layout_from_wire, layout_to_wire
+from splitfire.v1 import kv_pb2
+
+
+class Outcome(Enum):
+    RECEIVED = "received"
+    REFUSED = "refused"
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Logical blocks [start, end), sent in one payload."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class LentSlot:
+    """A slot of the receiver's ring."""
+
+    index: int
+    generation: int
+
+
+class SenderPort(Protocol):
+    """What the machine does to the world."""
+
+    def send(self, message: kv_pb2.KvMessage) -> None: ...
+
+    def send_piece(self, sender: Sender, slot: LentSlot, piece: Piece) -> None:
+        """Packs the piece and sends it into the slot."""
+
+    def send_void(self, sender: Sender, slot: LentSlot) -> None: ...
+
+    def blocks_per_slot(self, layout: KvLayout) -> int: ...
+
+    def closed(self, sender: Sender, outcome: Outcome, reason: str) -> None:
+        """The last call of a machine: its blocks may go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """What is to be sent."""
+
+    transfer_id: bytes
+    token: bytes
+    num_tokens: int  # with KV
+    layout: KvLayout  # of the sender's pool
+    traceparent: str = ""
+
+    @property
+    def num_blocks(self) -> int:
+        return self.layout.blocks_for(self.num_tokens)
+
+
+class Sender:
+    """One transfer, prefill side."""
+
+    def __init__(self, shipment: Shipment, port: SenderPort, clock: Callable[[], float]) -> None:
+        self.shipment = shipment
+        self.state = Send.OFFERED
+        self.wire_layout = shipment.layout  # what the receiver asked for, once granted
+        self.first_block = 0
+        self.last_progress = clock()
+        self.wanted_at: float | None = None
+        self.bytes_sent = 0
+        self._port = port
+        self._clock = clock
+        self._num_ready = 0  # leading blocks that are computed
+        self._num_planned = 0  # leading blocks that are in pieces
+        self._pieces: deque[Piece] = deque()  # asked for, no slot yet
+        self._first_tokens: Sequence[kv_pb2.FirstToken] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return bool(SENDER[self.state])
+
+    @property
+    def is_owed_an_answer(self) -> bool:
+        """Whether the next step is the receiver's; while GRANTED with nothing to send it is the engine's."""
+        return self.state is not Send.GRANTED or bool(self._pieces)
+
+    def offer(self) -> None:
+        shipment = self.shipment
+        offer = kv_pb2.Offer(
+            token=shipment.token, num_tokens=shipment.num_tokens, num_blocks=shipment.num_blocks,
+            kv_format=layout_to_wire(shipment.layout), traceparent=shipment.traceparent,
+        )  # fmt: skip
+        self._send(offer=offer)
+
+    def computed(self, num_tokens: int) -> None:
+        """KV of the first `num_tokens` tokens is in the pool. Only whole blocks go, and the last one when all is there."""
+        shipment = self.shipment
+        is_all = num_tokens >= shipment.num_tokens
+        self._num_ready = shipment.num_blocks if is_all else num_tokens // shipment.layout.block_size
+        self._pump()
+
+    def finish(self, first_tokens: Sequence[kv_pb2.FirstToken]) -> None:
+        """The prompt is computed and its first tokens are known: commit as soon as everything is posted."""
+        self._first_tokens = first_tokens
+        self._pump()
+
+    def abort(self, reason: str, *, tell_peer: bool = True) -> None:
+        """Ends the transfer; harmless when it has ended."""
+        if not self.is_open:
+            return
+        self._advance(SendEvent.ABORT)
+        self._pieces.clear()
+        if tell_peer:
+            self._send(abort=kv_pb2.Abort(reason=reason))
+        self._port.closed(self, Outcome.ABORTED, reason)
+
+    def on_message(self, message: kv_pb2.KvMessage) -> None:
+        """A control message of the receiver. One that does not fit the state fails the transfer."""
+        self.last_progress = self._clock()
+        try:
+            self._on_message(message)
+        except IllegalTransition as exc:
+            self.abort(f"protocol: {exc}")
+
+    def _on_message(self, message: kv_pb2.KvMessage) -> None:
+        body = message.WhichOneof("body")
+        if body == "slots":
+            self._on_slots(message.slots)
+        elif body == "grant":
+            self._on_grant(message.grant)
+        elif body == "wait":
+            if self.state is not Send.WAITING:
+                self._advance(SendEvent.WAIT)
+        elif body == "refuse":
+            self._advance(SendEvent.REFUSE)
+            self._port.closed(self, Outcome.REFUSED, message.refuse.reason)
+        elif body == "revoke":
+            self._advance(SendEvent.REVOKE)
+            self._pieces.clear()
+            self._num_planned = 0
+        elif body == "received":
+            self._advance(SendEvent.RECEIVED)
+            self._port.closed(self, Outcome.RECEIVED, "")
+        elif body == "abort" and self.is_open:
+            self._advance(SendEvent.ABORT)
+            self._pieces.clear()
+            self._send(stopped=kv_pb2.Stopped())
+            self._port.closed(self, Outcome.ABORTED, message.abort.reason)
+
+    def _on_grant(self, grant: kv_pb2.Grant) -> None:
+        self._advance(SendEvent.GRANT)
+        layout = layout_from_wire(grant.kv_format)
+        if (
+            grant.kv_format.tp_size != 1
+            or not self.shipment.layout.converts_to(layout)
+            or grant.first_block > self.shipment.num_blocks
+        ):
+            self.abort("grant does not fit the offer")
+            return
+        self.wire_layout = layout
+        self.first_block = self._num_planned = grant.first_block
+        self._pump()
+
+    def _on_slots(self, slots: kv_pb2.Slots) -> None:
+        """Also after an abort: whatever was lent is filled, so that its receive completes."""
+        for lent in slots.slots:
+            slot = LentSlot(lent.index, lent.generation)
+            if self.state is Send.GRANTED and self._pieces:
+                self._port.send_piece(self, slot, self._pieces.popleft())
+            else:
+                self._port.send_void(self, slot)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Asks for slots for what became ready, and commits when nothing is left to post."""
+        if self.state is not Send.GRANTED:
+            return
+        if self._num_ready > self._num_planned:
+            per_slot = self._port.blocks_per_slot(self.wire_layout)
+            for start in range(self._num_planned, self._num_ready, per_slot):
+                self._pieces.append(Piece(start, min(start + per_slot, self._num_ready)))
+            num_bytes = (self._num_ready - self._num_planned) * self.wire_layout.block_bytes
+            self._num_planned = self._num_ready
+            self.wanted_at = self.wanted_at or self._clock()
+            self._send(want=kv_pb2.Want(bytes=num_bytes))
+        if self._first_tokens is not None and self._num_planned == self.shipment.num_blocks and not self._pieces:
+            self._advance(SendEvent.COMMIT)
+            self._send(commit=kv_pb2.Commit(num_blocks=self.shipment.num_blocks, first_tokens=self._first_tokens))
+
+    def _advance(self, event: SendEvent) -> None:
+        self.state = advance(SENDER, self.state, event)
+
+    def _send(self, **body: object) -> None:
+        self._port.send(kv_pb2.KvMessage(transfer_id=self.shipment.transfer_id, **body))  # type: ignore[arg-type]

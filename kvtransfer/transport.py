@@ -1,0 +1,52 @@
+"""What a transport offers the agent: small control frames, and payloads received into slots chosen beforehand.
+
+Everything runs on the io thread; no method blocks. A transport delivers control frames of one peer in order; control
+and payload may overtake one another. It need not notice that a peer died: that is the agent's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+Done = Callable[[Exception | None], None]
+OnControl = Callable[[memoryview], None]
+
+
+class Link(Protocol):
+    """One direction to one peer."""
+
+    def send_control(self, frame: bytes) -> None:
+        """Queues a control frame."""
+
+    def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
+        """Sends to the peer's receive posted with `tag`; `done` is called once the memory may be reused."""
+
+    def close(self) -> None:
+        """Lets go of the peer without waiting for it."""
+
+
+class Transport(Protocol):
+    """One per worker. `address` is what peers connect to, opaque, exchanged through the router."""
+
+    name: str
+    version: str
+    address: bytes
+
+    def start(self, on_control: OnControl) -> None:
+        """Begins to deliver control frames; call on the io thread's running loop."""
+
+    def allocate(self, num_bytes: int) -> memoryview:
+        """Memory for slots, aligned to 64 bytes, registered if that helps."""
+
+    def connect(self, address: bytes) -> Link: ...
+
+    def receive(self, tag: int, buffer: memoryview, done: Done) -> None:
+        """Posts a receive; `done` is called when a message has filled (the beginning of) the buffer."""
+
+    def close(self) -> None: ...
+
+
+def slot_tag(index: int, generation: int) -> int:
+    """The payload tag of one lending of one slot: 24 bits of index, 32 of generation."""
+    return (index & 0xFFFFFF) << 32 | generation & 0xFFFFFFFF

@@ -1,0 +1,171 @@
+"""UCX through ucxx's core objects: shared memory between processes of one host, RDMA or TCP between hosts.
+
+What was learnt the hard way (docs/decisions/0003-ucx.md): endpoints made from worker addresses, with error handling on
+and allowed for the shared-memory transports, move 10-18 GB/s between processes; host:port endpoints fall to TCP. A dead
+peer is not reported on that path, and `close` may block, so links are parked, never closed. UCX prints its log to
+stdout unless told otherwise, before it is loaded.
+
+Runs on the io thread: progress when UCX's file descriptor is readable, and armed to sleep when nothing moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvtransfer.transport import Done, Link, OnControl
+from splitfire.core.errors import ConfigError
+from splitfire.core.limits import MAX_CONTROL_BYTES
+
+for _name, _value in {
+    "UCX_POSIX_ERROR_HANDLING": "y",
+    "UCX_SYSV_ERROR_HANDLING": "y",
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+    "UCX_LOG_FILE": "stderr",
+}.items():
+    os.environ.setdefault(_name, _value)  # read by UCX when it is loaded, on the next lines
+
+from ucxx._lib import libucxx  # noqa: E402
+from ucxx._lib.arr import Array  # noqa: E402
+
+CONTROL_KIND, PAYLOAD_KIND = 1 << 56, 2 << 56
+KIND_MASK = 0xFF << 56
+MAX_FRAME_BYTES = MAX_CONTROL_BYTES + 32
+ROUNDS_PER_TURN = 64  # of progress, before the event loop gets its turn
+
+
+@dataclass(slots=True)
+class _Operation:
+    """A request on its way. `buffer` keeps the memory alive while UCX uses it."""
+
+    request: Any
+    buffer: Any
+    done: Done
+
+
+class UcxTransport:
+    """One UCX worker. `devices` bounds which network devices it may listen and connect on (`lo` for one host)."""
+
+    name = "ucx"
+
+    def __init__(self, devices: str | None = None) -> None:
+        options = {"NET_DEVICES": devices} if devices else {}
+        try:
+            self._context = libucxx.UCXContext(options, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
+            self._worker = libucxx.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
+            self._worker.init_blocking_progress_mode()
+        except libucxx.UCXError as exc:
+            raise ConfigError(f"UCX cannot start on devices {devices or 'all'}: {exc}; `ip link` lists what exists") from exc
+        self.version = ".".join(str(part) for part in libucxx.get_ucx_version())
+        self.address: bytes = libucxx.UCXAddress.create_from_worker(self._worker).tobytes()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_control: OnControl | None = None
+        self._operations: list[_Operation] = []
+        self._parked: list[Any] = []
+        self._is_kicked = False
+
+    def start(self, on_control: OnControl) -> None:
+        self._on_control = on_control
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._worker.epoll_file_descriptor, self._turn)
+        self._turn()
+
+    def allocate(self, num_bytes: int) -> memoryview:
+        return memoryview(mmap.mmap(-1, num_bytes))
+
+    def connect(self, address: bytes) -> Link:
+        peer = libucxx.UCXAddress.create_from_buffer(address)
+        endpoint = libucxx.UCXEndpoint.create_from_worker_address(self._worker, peer, endpoint_error_handling=True)
+        return _UcxLink(self, endpoint)
+
+    def receive(self, tag: int, buffer: memoryview, done: Done) -> None:
+        array = Array(np.frombuffer(buffer, np.uint8))
+        self.began(self._worker.tag_recv(array, libucxx.UCXXTag(PAYLOAD_KIND | tag)), array, done)
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._worker.epoll_file_descriptor)
+            self._loop = None
+        self._operations.clear()
+
+    def park(self, endpoint: Any) -> None:
+        """Keeps an endpoint we are done with: closing one whose peer died has been seen to block for ever."""
+        self._parked.append(endpoint)
+
+    def began(self, request: Any, buffer: Any, done: Done) -> None:
+        """An operation was posted: watch it, and let UCX make progress soon."""
+        self._operations.append(_Operation(request, buffer, done))
+        if not self._is_kicked and self._loop is not None:
+            self._is_kicked = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Progress until nothing moves, then arm: the descriptor becomes readable when something does."""
+        self._is_kicked = False
+        if self._loop is None:
+            return
+        for _ in range(ROUNDS_PER_TURN):
+            self._worker.progress()
+            has_moved = self._complete_operations()
+            has_moved |= self._receive_control()
+            if not has_moved and self._worker.arm():
+                return
+        self._is_kicked = True
+        self._loop.call_soon(self._turn)
+
+    def _complete_operations(self) -> bool:
+        done, pending = [], []
+        for operation in self._operations:
+            (done if operation.request.completed else pending).append(operation)
+        if not done:
+            return False
+        self._operations = pending
+        for operation in done:
+            error: Exception | None = None
+            try:
+                operation.request.check_error()
+            except libucxx.UCXError as exc:
+                error = exc
+            operation.done(error)
+        return True
+
+    def _receive_control(self) -> bool:
+        has_moved = False
+        while True:
+            found = self._worker.tag_probe(libucxx.UCXXTag(CONTROL_KIND), libucxx.UCXXTagMask(KIND_MASK), True)
+            if not found.matched:
+                return has_moved
+            has_moved = True
+            # Over the limit it is received into too little room: UCX reports a truncation, and nothing was allocated for it.
+            data = np.empty(min(found.length, MAX_FRAME_BYTES), np.uint8)
+            array = Array(data)
+            request = self._worker.tag_recv_with_handle(array, found)
+            self.began(request, array, lambda exc, data=data: self._deliver(exc, data))  # type: ignore[misc]
+
+    def _deliver(self, exc: Exception | None, data: Any) -> None:
+        if exc is None and self._on_control is not None:
+            self._on_control(memoryview(data))
+
+
+class _UcxLink:
+    def __init__(self, transport: UcxTransport, endpoint: Any) -> None:
+        self._transport = transport
+        self._endpoint = endpoint
+
+    def send_control(self, frame: bytes) -> None:
+        self._send(CONTROL_KIND, np.frombuffer(frame, np.uint8), lambda _exc: None)
+
+    def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
+        self._send(PAYLOAD_KIND | tag, np.frombuffer(message, np.uint8), done)
+
+    def close(self) -> None:
+        self._transport.park(self._endpoint)
+
+    def _send(self, tag: int, data: Any, done: Done) -> None:
+        array = Array(data)
+        self._transport.began(self._endpoint.tag_send(array, libucxx.UCXXTag(tag)), array, done)

@@ -1,0 +1,1 @@
+"""The words every part uses: errors, lifecycle tables, limits, settings, layouts, sampling parameters, telemetry."""

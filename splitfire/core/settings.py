@@ -1,0 +1,253 @@
+"""Settings of the services: one frozen object each, built once in `__main__` from flags, then environment, then defaults.
+
+Every field is a flag (`--kv-memory`) and an environment variable (`SPLITFIRE_KV_MEMORY`); a flag wins, an empty variable
+counts as unset. What cannot be used stops the process before it listens anywhere: ConfigError, one line, exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from splitfire.core import limits
+from splitfire.core.errors import ConfigError
+
+ENV_PREFIX = "SPLITFIRE_"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def parse_bytes(value: object) -> object:
+    """`256MiB` as a number of bytes. Plain integers are bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+)(KiB|MiB|GiB)?", value.strip())
+    if match is None:
+        raise ValueError("accepted: a number of bytes with KiB, MiB or GiB, such as 512MiB")
+    return int(match[1]) * _UNITS.get(match[2] or "", 1)
+
+
+def parse_cpus(value: str) -> tuple[int, ...]:
+    """`0,2-3` as (0, 2, 3); empty: ()."""
+    cpus: list[int] = []
+    for part in filter(None, value.split(",")):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if match is None:
+            raise ValueError("accepted: processor numbers such as 0 or 0,2-3")
+        cpus += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(dict.fromkeys(cpus))
+
+
+def parse_addresses(value: str) -> tuple[str, ...]:
+    """`a:1,b:2` as ("a:1", "b:2")."""
+    addresses = tuple(part.strip() for part in value.split(",") if part.strip())
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("accepted: host:port, several with commas")
+    return addresses
+
+
+def _checked_by(parse: Callable[[str], object]) -> AfterValidator:
+    """The text stays as it was given; what cannot be parsed is refused."""
+
+    def check(value: str) -> str:
+        parse(value)
+        return value
+
+    return AfterValidator(check)
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("accepted: a power of two")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class ServiceSettings(BaseSettings):
+    """What router and workers share."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", cli_kebab_case=True, cli_avoid_json=True,
+        cli_exit_on_error=False, cli_hide_none_type=True, cli_implicit_flags=True,
+    )  # fmt: skip
+
+    model: str = Field("pico", description="pico, a model directory, or a hub id")
+    max_context: int | None = Field(None, ge=16, le=limits.MAX_POSITIONS, description="tokens, prompt and output; the model's own")
+    fleet_token_file: Path | None = Field(None, description="file with the secret that router and workers share")
+    trace_file: Path | None = Field(None, description="write spans to this file, for Perfetto")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line to write")
+
+
+class RouterSettings(ServiceSettings):
+    """The router."""
+
+    host: str = Field("127.0.0.1", description="address clients connect to")
+    port: Port = Field(7070, description="port clients connect to; 0 draws one")
+    worker_host: str = Field("127.0.0.1", description="address workers connect to")
+    worker_port: Port = Field(7071, description="port workers connect to; 0 draws one")
+    split: Literal["always", "auto", "never"] = Field(
+        "auto", description="prefill elsewhere: always, when a prefill worker is there, never"
+    )
+    max_running: int = Field(256, ge=1, le=4096, description="requests in flight, all workers together")
+    max_queued: int = Field(limits.MAX_QUEUED_REQUESTS, ge=0, le=limits.MAX_QUEUED_REQUESTS, description="requests that may wait")
+    reflection: bool | None = Field(None, description="gRPC server reflection; default: on when bound to loopback")
+    insecure: bool = Field(False, description="allow addresses other hosts can reach without TLS and tokens")
+    drain_grace_s: float = Field(30.0, ge=0, le=3600, description="seconds open requests get after SIGTERM")
+
+    @model_validator(mode="after")
+    def _safe_binds(self) -> RouterSettings:
+        if self.insecure:
+            return self
+        if self.host not in LOOPBACK:
+            raise ValueError(
+                f"host {self.host} can be reached from other machines and there is no TLS: use 127.0.0.1, or --insecure"
+            )
+        if self.worker_host not in LOOPBACK and self.fleet_token_file is None:
+            raise ValueError(f"worker_host {self.worker_host} needs fleet_token_file, or --insecure")
+        return self
+
+
+class WorkerSettings(ServiceSettings):
+    """A worker of either role."""
+
+    role: Literal["prefill", "decode"] = Field("decode", description="what it announces itself as")
+    router: Annotated[str, _checked_by(parse_addresses)] = Field(
+        "127.0.0.1:7071", min_length=3, description="worker ports of all routers, comma separated"
+    )
+    worker_id: str = Field(
+        "", description="name in logs and fleet; default: role and process id", max_length=limits.MAX_WORKER_ID_CHARS
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
+    dtype: Dtype = Field("auto", description="of weights and computation; auto: the checkpoint's, fp32 on a CPU without bf16 units")
+    kv_dtype: Dtype = Field("auto", description="of the KV pool; auto: the dtype of computation")
+    block_size: Annotated[int, Field(ge=8, le=256), AfterValidator(_power_of_two)] = Field(32, description="tokens a KV block")
+    kv_memory: Bytes = Field(256 << 20, ge=1 << 20, description="size of the KV pool, such as 512MiB")
+    chunk_tokens: int = Field(512, ge=16, le=65536, description="tokens one step computes at most")
+    max_running: int = Field(64, ge=1, le=1024, description="sequences in one batch")
+    prefix_cache: bool = Field(True, description="keep finished KV for prompts that begin alike")
+    cpus: Annotated[str, _checked_by(parse_cpus)] = Field("", description="processors to run on, such as 0 or 0,2-3; default: all")
+    threads: int | None = Field(None, ge=1, le=1024, description="threads of the model; default: one a processor")
+    slot_size: Bytes = Field(2 << 20, ge=64 << 10, le=64 << 20, description="size of one ring slot")
+    send_slots: int = Field(4, ge=1, le=256, description="ring slots for sending")
+    receive_slots: int = Field(8, ge=2, le=256, description="ring slots for receiving")
+    ucx_devices: str = Field("lo", description="network devices UCX may use; lo: this host only; all: every one")
+    status_host: str = Field("127.0.0.1", description="address of the health port")
+    status_port: Port = Field(0, description="gRPC health; 0 draws a port")
+    allow_nonfinite: bool = Field(False, description="load weights that hold NaN or infinite values")
+    drain_grace_s: float | None = Field(None, ge=0, le=3600, description="seconds after SIGTERM; default: 35 prefill, 60 decode")
+
+    @model_validator(mode="after")
+    def _relations(self) -> WorkerSettings:
+        if self.role == "prefill" and self.drain_grace_s is not None and self.drain_grace_s <= limits.HOLD_S:
+            raise ValueError(f"drain_grace_s of a prefill worker must exceed the hold deadline of {limits.HOLD_S:g} s")
+        if self.chunk_tokens < self.block_size:
+            raise ValueError(f"chunk_tokens is {self.chunk_tokens}, less than block_size = {self.block_size}")
+        return self
+
+    @property
+    def cpu_numbers(self) -> tuple[int, ...]:
+        return parse_cpus(self.cpus)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        return parse_addresses(self.router)
+
+    @property
+    def grace_s(self) -> float:
+        if self.drain_grace_s is not None:
+            return self.drain_grace_s
+        return 35.0 if self.role == "prefill" else 60.0
+
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+def parse_settings(kind: type[Settings], argv: Sequence[str], *, prog: str) -> Settings:
+    """Flags over environment over defaults. ConfigError with one line naming the setting, its value and what is accepted."""
+    _refuse_unknown_environment(os.environ)
+    try:
+        return kind(_cli_parse_args=list(argv), _cli_prog_name=prog)  # type: ignore[call-arg]
+    except ValidationError as exc:
+        raise ConfigError(_one_line(exc)) from exc
+    except SettingsError as exc:
+        raise ConfigError(_explain_flags(kind, str(exc))) from exc
+
+
+def exit_with(error: ConfigError) -> int:
+    """Prints the one line; the exit code."""
+    print(f"splitfire: {error}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def read_secret(path: Path) -> bytes:
+    """A secret from a file that nobody else can read; one trailing newline is not part of it."""
+    try:
+        mode = path.stat().st_mode
+        secret = path.read_bytes().removesuffix(b"\n")
+    except OSError as exc:
+        raise ConfigError(f"secret file {path}: {exc.strerror or exc}") from exc
+    if mode & 0o077:
+        raise ConfigError(f"secret file {path}: others can read it; chmod 600 {path}")
+    if not 16 <= len(secret) <= 4096 or not secret.isascii():
+        raise ConfigError(f"secret file {path}: accepted: 16 to 4096 ASCII characters, has {len(secret)}")
+    return secret
+
+
+def _one_line(exc: ValidationError) -> str:
+    first = exc.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    return f"{name} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): is {first['input']!r}: {message}"
+
+
+def _explain_flags(kind: type[BaseSettings], message: str) -> str:
+    unknown = re.search(r"unrecognized arguments: (\S+)", message)
+    if unknown is None:
+        return message.removeprefix("error parsing CLI: ").splitlines()[0]
+    flags = [f"--{name.replace('_', '-')}" for name in kind.model_fields]
+    return f"unknown flag {unknown[1]}{_nearest(unknown[1].split('=')[0], flags)}; --help lists them"
+
+
+def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
+    known = {ENV_PREFIX + name.upper() for kind in (RouterSettings, WorkerSettings) for name in kind.model_fields} | CLI_VARIABLES
+    for name in environment:
+        if name.startswith(ENV_PREFIX) and name not in known:
+            raise ConfigError(f"unknown environment variable {name}{_nearest(name, sorted(known))}")
+
+
+# What only the command line tool reads (splitfire/cli): the twins of its own flags.
+CLI_VARIABLES = {
+    ENV_PREFIX + name
+    for name in (
+        "PREFILL",
+        "DECODE",
+        "AGGREGATED",
+        "PREFILL_CPUS",
+        "DECODE_CPUS",
+        "ROUTER_CPUS",
+        "SERVER",
+        "TIMEOUT",
+        "DEMO_PROMPT",
+    )
+}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]}?" if close else ""

@@ -1,0 +1,159 @@
+"""Which KV block belongs to whom: allocation, prefix cache, eviction. Pure; the bytes are in `pool.py`.
+
+Every block is in exactly one state and the counts always add up to the total:
+
+    FREE       nobody's, content meaningless
+    RESERVED   lent to intake for a hand-off; no sequence can see it
+    FILLING    a running sequence's, not full or not computed yet
+    COMMITTED  full, computed, verified; in the prefix index; used by one sequence or more
+    CACHED     as COMMITTED but used by none; evictable, oldest leaf first
+
+Not thread-safe: the engine's lock guards it (`engine.py`). Eviction is leaf first for free: a block's reference count
+reaches zero no later than its parent's, and a sequence releases its last block first, so in order of release every child
+stands before its parent.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+from splitfire.core.hashing import BlockHash
+
+BlockId = NewType("BlockId", int)
+
+
+class BlockState(Enum):
+    FREE = "free"
+    RESERVED = "reserved"
+    FILLING = "filling"
+    COMMITTED = "committed"
+    CACHED = "cached"
+
+
+@dataclass(slots=True)
+class Block:
+    """One block's bookkeeping. `epoch` counts how often it was lent, so that a stale reference can be told."""
+
+    state: BlockState = BlockState.FREE
+    num_users: int = 0
+    name: BlockHash | None = None
+    epoch: int = 0
+
+
+class BlockPool:
+    """Hands out blocks and remembers what full ones hold. Invariant: `check()`."""
+
+    def __init__(self, num_blocks: int, *, caches_prefixes: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self._caches_prefixes = caches_prefixes
+        self._blocks = [Block() for _ in range(num_blocks)]
+        self._free: deque[BlockId] = deque(BlockId(i) for i in range(num_blocks))
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # in order of release: oldest leaf first
+        self._index: dict[BlockHash, BlockId] = {}
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be handed out now: free, or cached and evictable."""
+        return len(self._free) + len(self._cached)
+
+    def counts(self) -> dict[BlockState, int]:
+        counts = dict.fromkeys(BlockState, 0)
+        for block in self._blocks:
+            counts[block.state] += 1
+        return counts
+
+    def state(self, block_id: BlockId) -> BlockState:
+        return self._blocks[block_id].state
+
+    def match(self, names: Sequence[BlockHash]) -> list[BlockId]:
+        """The longest leading run of `names` that is here, pinned for the caller; `release` gives it back."""
+        found: list[BlockId] = []
+        for name in names:
+            block_id = self._index.get(name)
+            if block_id is None:
+                break
+            found.append(block_id)
+        for block_id in found:
+            block = self._blocks[block_id]
+            if block.num_users == 0:
+                del self._cached[block_id]
+                block.state = BlockState.COMMITTED
+            block.num_users += 1
+        return found
+
+    def num_cached_of(self, names: Sequence[BlockHash]) -> int:
+        """How many leading `names` are here; pins nothing."""
+        count = 0
+        for name in names:
+            if name not in self._index:
+                break
+            count += 1
+        return count
+
+    def allocate(self, count: int, state: BlockState = BlockState.FILLING) -> list[BlockId] | None:
+        """`count` blocks in FILLING or RESERVED, evicting cached ones as needed; None, and no change, when there are not enough."""
+        if count > self.num_available:
+            return None
+        return [self._take(state) for _ in range(count)]
+
+    def commit(self, block_id: BlockId, name: BlockHash) -> None:
+        """The block is full and its content is right: it may be shared from now on.
+
+        Where another block already has this name the first one stays in the index; this one is freed on release.
+        """
+        block = self._blocks[block_id]
+        assert block.state in (BlockState.FILLING, BlockState.RESERVED) and block.num_users == 1, block
+        block.state = BlockState.COMMITTED
+        if self._caches_prefixes and name not in self._index:
+            block.name = name
+            self._index[name] = block_id
+
+    def begin_filling(self, block_id: BlockId) -> None:
+        """An intake's block that is not full goes on as a running sequence's."""
+        block = self._blocks[block_id]
+        assert block.state is BlockState.RESERVED, block
+        block.state = BlockState.FILLING
+
+    def release(self, block_ids: Sequence[BlockId]) -> None:
+        """One user less for each. Give a sequence's blocks in their order; the last is released first."""
+        for block_id in reversed(block_ids):
+            block = self._blocks[block_id]
+            assert block.num_users > 0, f"block {block_id} released twice"
+            block.num_users -= 1
+            if block.num_users:
+                continue
+            if block.name is not None:
+                block.state = BlockState.CACHED
+                self._cached[block_id] = None
+            else:
+                block.state = BlockState.FREE
+                self._free.append(block_id)
+
+    def check(self) -> None:
+        """Conservation (P4): raises AssertionError when a block is lost or in two places."""
+        counts = self.counts()
+        assert sum(counts.values()) == self.num_blocks
+        assert counts[BlockState.FREE] == len(self._free) == len(set(self._free))
+        assert counts[BlockState.CACHED] == len(self._cached)
+        for name, block_id in self._index.items():
+            assert self._blocks[block_id].name == name
+        for block_id, block in enumerate(self._blocks):
+            is_used = block.state not in (BlockState.FREE, BlockState.CACHED)
+            assert is_used == (block.num_users > 0), (block_id, block)
+
+    def _take(self, state: BlockState) -> BlockId:
+        if self._free:
+            block_id = self._free.popleft()
+        else:
+            block_id, _ = self._cached.popitem(last=False)
+            name = self._blocks[block_id].name
+            assert name is not None
+            del self._index[name]
+        block = self._blocks[block_id]
+        block.state, block.num_users, block.name = state, 1, None
+        block.epoch += 1
+        return block_id

@@ -1,0 +1,255 @@
+"""The engine: schedule, run, update. One thread calls `step`; the lock lets intake take and give blocks meanwhile.
+
+Life of a sequence here:
+ 1. `add` queues it, or `reserve` lends blocks for one whose KV will arrive, and `join` puts it into the running batch.
+ 2. `step` schedules slices, runs the model, appends sampled tokens, and reports what happened as `SequenceUpdate`s.
+ 3. A PREFILL sequence is held after its first token, until `finish`; a GENERATE sequence finishes by itself.
+ 4. `finish` ends any sequence at any time; its blocks are free when it returns.
+
+The lock guards scheduler and block pool. It is never held while the model runs, so a grant waits for a schedule
+(well under a millisecond) and never for a forward pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from splitfire.core.hashing import BlockHash
+from splitfire.core.lifecycle import Seq as SeqState
+from splitfire.engine.blocks import BlockId, BlockPool, BlockState
+from splitfire.engine.kernels.sample import SampledToken
+from splitfire.engine.runner import Drawn, Runner
+from splitfire.engine.scheduler import Budget, Scheduler, Slice
+from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec, SequenceTimes
+
+RATE_SMOOTHING = 0.2  # of each new measurement
+MAX_CHUNK_S = 0.25  # cancel and admission are looked at between steps, so no step may take much longer
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """What one step meant for one sequence."""
+
+    seq_id: SeqId
+    num_computed: int
+    block_ids: tuple[BlockId, ...]  # of a PREFILL sequence, for shipping; else empty
+    offset: int  # of `token` among all output tokens
+    token: SampledToken | None = None
+    is_finished: bool = False
+    stopped: bool = False  # finished by a stop token rather than by length
+    error: str = ""  # the sequence failed alone
+    num_cached: int = 0
+    times: SequenceTimes | None = None  # with the first token
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    updates: tuple[SequenceUpdate, ...]
+    num_tokens: int
+    duration_s: float
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Blocks lent to intake: the leading `num_pinned` are shared from the prefix cache, the rest RESERVED.
+
+    Owned by the io thread from `reserve` until `join` or `forfeit`.
+    """
+
+    spec: SequenceSpec
+    block_ids: list[BlockId]
+    num_pinned: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A snapshot for placement and for people."""
+
+    total_blocks: int
+    available_blocks: int
+    running: int
+    waiting: int
+    queued_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+class Engine:
+    """One model, one pool. `step`, `add`, `join` and `finish` belong to the engine thread; the rest may be called anywhere."""
+
+    def __init__(self, runner: Runner, blocks: BlockPool, budget: Budget, clock: Callable[[], float]) -> None:
+        self.runner = runner
+        self.blocks = blocks
+        self.lock = threading.Lock()
+        self._scheduler = Scheduler(blocks, budget)
+        self._budget = budget
+        self._clock = clock
+        self._sequences: dict[SeqId, Sequence] = {}
+        self._arrivals = 0
+        self._num_reserved = 0
+        self._prefill_rate = 0.0
+        self._decode_rate = 0.0
+
+    # -- engine thread
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def add(self, spec: SequenceSpec) -> None:
+        """Queues a sequence whose prompt is to be computed here."""
+        sequence = self._new_sequence(spec)
+        with self.lock:
+            self._scheduler.add(sequence)
+
+    def join(self, reservation: Reservation, first_token: int) -> None:
+        """Every block of the reservation has been committed: the sequence goes on from the token after `first_token`."""
+        spec = reservation.spec
+        sequence = self._new_sequence(spec)
+        sequence.num_computed = spec.num_tokens
+        sequence.num_cached = reservation.num_pinned * sequence.block_size
+        sequence.tokens.append(first_token)
+        sequence.block_ids = reservation.block_ids
+        sequence.num_committed_blocks = spec.num_tokens // sequence.block_size
+        with self.lock:
+            self._num_reserved -= 1
+            for block_id in reservation.block_ids[sequence.num_committed_blocks :]:
+                self.blocks.begin_filling(block_id)
+            self._scheduler.join(sequence)
+
+    def finish(self, seq_id: SeqId) -> None:
+        """Ends a sequence now; unknown ids are ones that finished already."""
+        sequence = self._sequences.pop(seq_id, None)
+        if sequence is not None:
+            with self.lock:
+                self._scheduler.finish(sequence)
+
+    def step(self) -> StepResult:
+        """Computes one step. Blocks for as long as the model takes."""
+        began = self._clock()
+        with self.lock:
+            slices = self._scheduler.schedule(self._chunk_limit())
+        if not slices:
+            return StepResult((), 0, 0.0)
+        for piece in slices:
+            if piece.sequence.times.started is None:
+                piece.sequence.times.started = began
+        drawn = self.runner.run(slices)
+        ended = self._clock()
+        with self.lock:
+            for piece in slices:
+                self._scheduler.computed(piece)
+            updates = tuple(self._update(piece, drawn.get(i), began, ended) for i, piece in enumerate(slices))
+        self._measure(slices, ended - began)
+        return StepResult(updates, sum(s.end - s.begin for s in slices), ended - began)
+
+    # -- any thread
+
+    def reserve(self, spec: SequenceSpec) -> Reservation | None:
+        """Blocks for a sequence whose KV will arrive; None when there are not enough, or too many sequences, right now."""
+        size = self.runner.pool.layout.block_size
+        wanted = self.runner.pool.layout.blocks_for(spec.num_tokens)
+        with self.lock:
+            if self._num_reserved + len(self._scheduler.running) >= self._budget.max_running:
+                return None
+            pinned = self.blocks.match(spec.block_hashes[: (spec.num_tokens - 1) // size])
+            rest = self.blocks.allocate(wanted - len(pinned), BlockState.RESERVED)
+            if rest is None:
+                self.blocks.release(pinned)
+                return None
+            self._num_reserved += 1
+        return Reservation(spec, [*pinned, *rest], len(pinned))
+
+    def commit(self, reservation: Reservation, first_block: int, num_blocks: int, names: Seq[BlockHash]) -> None:
+        """Blocks [first_block, first_block + num_blocks) of a reservation were verified and written; full ones get shareable."""
+        full = reservation.spec.num_tokens // self.runner.pool.layout.block_size
+        with self.lock:
+            for block in range(first_block, min(first_block + num_blocks, full)):
+                self.blocks.commit(reservation.block_ids[block], names[block])
+
+    def forfeit(self, reservation: Reservation) -> None:
+        """Gives a reservation's blocks back; nothing joins."""
+        with self.lock:
+            self._num_reserved -= 1
+            self.blocks.release(reservation.block_ids)
+        reservation.block_ids = []
+
+    def load(self) -> EngineLoad:
+        with self.lock:
+            scheduler = self._scheduler
+            return EngineLoad(
+                total_blocks=self.blocks.num_blocks,
+                available_blocks=self.blocks.num_available,
+                running=len(scheduler.running) + len(scheduler.held) + self._num_reserved,
+                waiting=len(scheduler.waiting),
+                queued_tokens=scheduler.num_waiting_tokens,
+                prefill_tokens_per_s=self._prefill_rate,
+                decode_tokens_per_s=self._decode_rate,
+            )
+
+    # -- inside
+
+    def _chunk_limit(self) -> int | None:
+        """Tokens that MAX_CHUNK_S is enough for at the measured rate, in whole blocks; None until measured."""
+        size = self.runner.pool.layout.block_size
+        return max(1, int(self._prefill_rate * MAX_CHUNK_S) // size) * size if self._prefill_rate else None
+
+    def _new_sequence(self, spec: SequenceSpec) -> Sequence:
+        sequence = Sequence(spec, self._arrivals, self.runner.pool.layout.block_size)
+        sequence.times.added = self._clock()
+        self._arrivals += 1
+        self._sequences[spec.seq_id] = sequence
+        return sequence
+
+    def _update(self, piece: Slice, drawn: Drawn | None, began: float, ended: float) -> SequenceUpdate:
+        """Appends the drawn token and moves the sequence on. Under the lock."""
+        sequence, spec = piece.sequence, piece.sequence.spec
+        offset = sequence.num_output
+        is_first = offset == len(spec.output)
+        if is_first:
+            sequence.times.chunks.append(ended - began)
+        for_shipping = spec.purpose is Purpose.PREFILL
+        block_ids = tuple(sequence.block_ids) if for_shipping else ()
+        if drawn is None:
+            return SequenceUpdate(spec.seq_id, sequence.num_computed, block_ids, offset)
+        if drawn.token is None:
+            self._end(sequence)
+            return SequenceUpdate(spec.seq_id, sequence.num_computed, (), offset, is_finished=True, error=drawn.error)
+        if is_first:
+            sequence.times.prompt_done = ended
+        sequence.tokens.append(drawn.token.token_id)
+        stopped = drawn.token.token_id in spec.stopping.stop_token_ids
+        is_finished = stopped or sequence.num_output >= spec.stopping.max_tokens
+        if is_finished:
+            self._end(sequence)
+        elif for_shipping:
+            self._scheduler.hold(sequence)
+        return SequenceUpdate(
+            spec.seq_id,
+            sequence.num_computed,
+            block_ids,
+            offset,
+            token=drawn.token,
+            is_finished=is_finished,
+            stopped=stopped,
+            num_cached=sequence.num_cached,
+            times=sequence.times if is_first else None,
+        )
+
+    def _end(self, sequence: Sequence) -> None:
+        self._sequences.pop(sequence.spec.seq_id, None)
+        self._scheduler.finish(sequence)
+        assert sequence.state is SeqState.FINISHED
+
+    def _measure(self, slices: Seq[Slice], duration_s: float) -> None:
+        """Running rates of steps that only compute prompts or only decode; mixed steps tell neither."""
+        num_tokens = sum(s.end - s.begin for s in slices)
+        decoding = sum(s.end - s.begin == 1 for s in slices)
+        rate = num_tokens / max(duration_s, 1e-9)
+        if decoding == 0:
+            self._prefill_rate += (RATE_SMOOTHING if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
+        elif decoding == len(slices):
+            self._decode_rate += (RATE_SMOOTHING if self._decode_rate else 1.0) * (rate - self._decode_rate)

@@ -1,0 +1,65 @@
+"""`rope_norm_write`: optional q/k norm, rotary embedding, and the cache write, as one op.
+
+Every chunk writes its KV here first and then attends from the pool only, so what a cache holds never depends on where
+chunks end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitfire.engine.kernels.norm import rms_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """cos and sin of each token of the step, [num_tokens, 1, head_dim / 2], fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CacheTargets:
+    """Where each token of the step is written."""
+
+    blocks: Tensor  # [num_tokens] int64
+    offsets: Tensor  # [num_tokens] int64, within the block
+
+
+@dataclass(frozen=True, slots=True)
+class QkNorm:
+    q_weight: Tensor  # [head_dim]
+    k_weight: Tensor  # [head_dim]
+    eps: float
+
+
+def rope_norm_write(
+    q: Tensor,  # [num_tokens, num_heads, head_dim]
+    k: Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    v: Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    rotation: Rotation,
+    norm: QkNorm | None,
+    cache: Tensor,  # [num_blocks, 2, num_kv_heads, block_size, head_dim], one layer of the pool; written
+    targets: CacheTargets,
+) -> Tensor:  # [num_tokens, num_heads, head_dim]: the rotated queries
+    """Norms q and k per head, rotates them (halves, not pairs), writes k and v, returns q."""
+    if norm is not None:
+        q = rms_norm(q, norm.q_weight, norm.eps)
+        k = rms_norm(k, norm.k_weight, norm.eps)
+    cache[targets.blocks, 0, :, targets.offsets] = rotate(k, rotation).to(cache.dtype)
+    cache[targets.blocks, 1, :, targets.offsets] = v.to(cache.dtype)
+    return rotate(q, rotation)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """RoFormer (Su et al. 2021) in the half-split order of Hugging Face checkpoints; dtype of x.
+
+    cos and sin are rounded to x's dtype first, as the checkpoints' own code does.
+    """
+    cos, sin = rotation.cos.to(x.dtype), rotation.sin.to(x.dtype)
+    low, high = x.chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)

@@ -1,0 +1,1 @@
+"""The models an engine can run, as plain functions over plain tensors."""

@@ -1,0 +1,90 @@
+"""One dense decoder-only transformer for every family: Llama, Mistral, Qwen2 and Qwen3 differ in its switches only.
+
+Weights are plain tensors in the model's dtype; q, k and v are one matrix, gate and up another. Rows of a step are the
+new tokens of all its sequences, one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from splitfire.core.model_config import ModelConfig
+from splitfire.engine.kernels.attention import AttentionStep, attend
+from splitfire.engine.kernels.norm import rms_norm, silu_mul
+from splitfire.engine.kernels.rope import CacheTargets, QkNorm, Rotation, rope_norm_write
+from splitfire.engine.models.rope import RopeTable
+from splitfire.engine.pool import KvPool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Matrices are [out, in]. A bias or norm that the family does not have is None."""
+
+    input_norm: Tensor
+    qkv: Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+    qkv_bias: Tensor | None
+    qk_norm: QkNorm | None
+    out: Tensor  # [hidden, num_heads * head_dim]
+    out_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    gate_up_bias: Tensor | None
+    down: Tensor  # [hidden, intermediate]
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    embed: Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    lm_head: Tensor  # [vocab, hidden]; the embedding itself when tied
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One forward step, on the model's device."""
+
+    token_ids: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64
+    targets: CacheTargets
+    attention: AttentionStep
+
+
+class Transformer:
+    """`forward` writes the new tokens' KV into the pool and returns their last hidden states. Engine thread only."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable) -> None:
+        self.config = config
+        self.weights = weights
+        self._rope = rope
+
+    def forward(self, step: StepInput, pool: KvPool) -> Tensor:
+        """-> [num_tokens, hidden], before the final norm."""
+        hidden = embedding(step.token_ids, self.weights.embed)
+        rotation = self._rope.rotation(step.positions)
+        for index, layer in enumerate(self.weights.layers):
+            normed = rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)
+            hidden = hidden + self._attention(index, normed, layer, rotation, step, pool)
+            normed = rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps)
+            hidden = hidden + linear(silu_mul(linear(normed, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, vocab], fp32."""
+        return linear(rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps), self.weights.lm_head).float()
+
+    def _attention(
+        self, index: int, normed: Tensor, layer: LayerWeights, rotation: Rotation, step: StepInput, pool: KvPool
+    ) -> Tensor:
+        config = self.config
+        num_tokens = normed.shape[0]
+        qkv = linear(normed, layer.qkv, layer.qkv_bias).view(num_tokens, -1, config.head_dim)
+        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), 1)
+        cache = pool.layer(index)
+        q = rope_norm_write(q, k, v, rotation, layer.qk_norm, cache, step.targets)
+        mixed = attend(q, cache, step.attention, config.head_dim**-0.5, config.windows[index])
+        return linear(mixed.view(num_tokens, -1), layer.out, layer.out_bias)

@@ -1,0 +1,32 @@
+"""The paged KV pool: one tensor, block-major, so that a block is one contiguous piece across all layers.
+
+`data` is `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`. Fixed size from the start; touched pages
+count as resident memory only once they are written. Block 0 .. num_blocks-1 are `blocks.py`'s to hand out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from splitfire.core.layout import KvLayout
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class KvPool:
+    """Keys and values of every sequence. Written by `rope_norm_write` and by unpack, read by `attend` and pack."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        # zeros, not empty: positions past the valid tokens are read (and masked), and NaN * 0 would not be 0.
+        self.data = torch.zeros((num_blocks, *layout.block_shape), dtype=TORCH_DTYPES[layout.dtype], device=device)
+
+    def layer(self, layer: int) -> Tensor:
+        """[num_blocks, 2, num_kv_heads, block_size, head_dim], a view."""
+        return self.data[:, layer]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()

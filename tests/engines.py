@@ -1,0 +1,94 @@
+"""Engines for tests: built like a worker builds them, driven by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from splitfire.core.hashing import chain_root, hash_blocks
+from splitfire.core.layout import KvLayout
+from splitfire.core.model_dir import ModelDir
+from splitfire.core.sampling import SamplingParams, StopParams
+from splitfire.engine.blocks import BlockPool
+from splitfire.engine.checkpoint import LoadOptions, load_weights
+from splitfire.engine.engine import Engine, SequenceUpdate
+from splitfire.engine.models.rope import rope_table
+from splitfire.engine.models.transformer import Transformer
+from splitfire.engine.pool import TORCH_DTYPES, KvPool
+from splitfire.engine.runner import Runner
+from splitfire.engine.scheduler import Budget
+from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
+
+GREEDY = SamplingParams(temperature=0.0)
+ROOT_HASH = chain_root(b"", b"test", "")
+_ids = itertools.count()
+
+
+def load_model(path: Path, dtype: str = "fp32", context: int | None = None) -> Transformer:
+    model = ModelDir(path)
+    weights = load_weights(model, LoadOptions(TORCH_DTYPES[dtype], torch.device("cpu")))
+    return Transformer(
+        model.config, weights, rope_table(model.config.rope, model.config.head_dim, context or model.config.max_positions)
+    )
+
+
+def make_engine(
+    model: Transformer,
+    *,
+    dtype: str = "fp32",
+    block_size: int = 32,
+    num_blocks: int = 128,
+    chunk_tokens: int = 512,
+    max_running: int = 16,
+) -> Engine:
+    layout = KvLayout(dtype, model.config.num_layers, model.config.num_kv_heads, model.config.head_dim, block_size)
+    runner = Runner(model, KvPool(layout, num_blocks, torch.device("cpu")))
+    return Engine(runner, BlockPool(num_blocks), Budget(chunk_tokens, max_running), clock=lambda: 0.0)
+
+
+def make_spec(
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    sampling: SamplingParams = GREEDY,
+    output: Sequence[int] = (),
+    purpose: Purpose = Purpose.GENERATE,
+    stop: frozenset[int] = frozenset(),
+    min_tokens: int = 0,
+    block_size: int = 32,
+    priority: int = 0,
+    choice: int = 0,
+) -> SequenceSpec:
+    tokens = (*prompt, *output)
+    return SequenceSpec(
+        SeqId(next(_ids)), tuple(prompt), tuple(output), choice, sampling, StopParams(max_tokens, min_tokens, stop), purpose,
+        ROOT_HASH, hash_blocks(ROOT_HASH, tokens, block_size), priority,
+    )  # fmt: skip
+
+
+def drain(engine: Engine, max_steps: int = 10_000) -> list[SequenceUpdate]:
+    """Steps until nothing can run; every update in order. Conservation is checked at each step."""
+    updates: list[SequenceUpdate] = []
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return updates
+        updates += engine.step().updates
+        engine.blocks.check()
+    raise AssertionError(f"still working after {max_steps} steps")
+
+
+def tokens_of(updates: Sequence[SequenceUpdate], spec: SequenceSpec) -> list[int]:
+    mine = [u for u in updates if u.seq_id == spec.seq_id and u.token is not None]
+    assert [u.offset for u in mine] == list(range(len(spec.output), len(spec.output) + len(mine)))
+    return [u.token.token_id for u in mine if u.token is not None]
+
+
+def assert_no_leaks(engine: Engine) -> None:
+    """After everything ended: no block is used, none is lost (P4)."""
+    engine.blocks.check()
+    load = engine.load()
+    assert load.available_blocks == load.total_blocks, load
+    assert load.running == load.waiting == 0, load

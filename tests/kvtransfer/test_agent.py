@@ -1,0 +1,275 @@
+"""The hand-off between two agents, over the memory transport and over real UCX: delivered, or ended and leak-free."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from kvtransfer.agent import AgentOptions, PeerAddress, TransferAgent
+from kvtransfer.frames import slot_bytes_for
+from kvtransfer.memory import Hub
+from kvtransfer.receiver import Expectation, Receiver
+from kvtransfer.sender import Outcome, Sender, Shipment
+from kvtransfer.transport import Transport
+from kvtransfer.ucx import UcxTransport
+from splitfire.v1 import kv_pb2
+from tests.kvtransfer.fakes import FINGERPRINT, LAYOUT, FakeSink, FakeSource
+
+TOKEN = kv_pb2.FirstToken(choice=0, offset=0, token_id=42)
+SLOT_BYTES = slot_bytes_for(LAYOUT.block_bytes) * 3
+
+
+@dataclass
+class Pair:
+    """Two agents that know each other."""
+
+    prefill: TransferAgent
+    decode: TransferAgent
+    at_prefill: PeerAddress
+    at_decode: PeerAddress
+
+    def offer(self, source: FakeSource, num_tokens: int, transfer_id: bytes, token: bytes = b"t" * 16) -> Sender:
+        return self.prefill.offer(Shipment(transfer_id, token, num_tokens, LAYOUT), self.at_decode, source)
+
+    def expect(self, sink: FakeSink, num_tokens: int, transfer_id: bytes, token: bytes = b"t" * 16) -> Receiver:
+        expectation = Expectation(transfer_id, token, self.prefill.incarnation, num_tokens, LAYOUT, FINGERPRINT[:8])
+        return self.decode.expect(expectation, self.at_prefill, sink)
+
+    def assert_no_leaks(self) -> None:
+        for agent in (self.prefill, self.decode):
+            assert agent.num_open == 0
+            assert agent.num_held_slots == 0
+
+
+def make_pair(transports: tuple[Transport, Transport], receive_slots: int = 4) -> Pair:
+    options = AgentOptions(send_slots=2, receive_slots=receive_slots, slot_bytes=SLOT_BYTES)
+    agents = [TransferAgent(t, secrets.token_bytes(16), FINGERPRINT, options) for t in transports]
+    for agent in agents:
+        agent.start()
+    addresses = [PeerAddress(f"worker-{i}", a.incarnation, a.transport.address) for i, a in enumerate(agents)]
+    return Pair(agents[0], agents[1], addresses[0], addresses[1])
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, "condition never came true"
+        await asyncio.sleep(0.001)
+
+
+def memory_transports() -> tuple[Transport, Transport]:
+    hub = Hub()
+    return hub.create(), hub.create()
+
+
+def ucx_transports() -> tuple[Transport, Transport]:
+    return UcxTransport("lo"), UcxTransport("lo")
+
+
+@pytest.fixture(params=[memory_transports, ucx_transports], ids=["memory", "ucx"])
+def transports(request: pytest.FixtureRequest) -> Iterator[Callable[[], tuple[Transport, Transport]]]:
+    yield request.param
+
+
+def play(scene: Coroutine[object, object, None]) -> None:
+    asyncio.run(asyncio.wait_for(scene, 60))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 16 * 20, 1001])
+@pytest.mark.parametrize("first_block", [0, 1])
+def test_every_block_arrives_as_it_was(
+    transports: Callable[[], tuple[Transport, Transport]], num_tokens: int, first_block: int
+) -> None:
+    async def scene() -> None:
+        pair = make_pair(transports())
+        source, sink = FakeSource(7), FakeSink(7, first_block=min(first_block, (num_tokens - 1) // 16))
+        pair.expect(sink, num_tokens, b"a" * 16)
+        sender = pair.offer(source, num_tokens, b"a" * 16)
+        for computed in range(0, num_tokens, 100):
+            sender.computed(computed)
+            await asyncio.sleep(0)
+        sender.computed(num_tokens)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is not None)
+        assert source.outcome is Outcome.RECEIVED
+        sink.assert_right(LAYOUT.blocks_for(num_tokens))
+        assert [t.token_id for t in sink.first_tokens] == [42]
+        pair.assert_no_leaks()
+        pair.prefill.close()
+        pair.decode.close()
+
+    play(scene())
+
+
+def test_many_transfers_share_a_small_ring(transports: Callable[[], tuple[Transport, Transport]]) -> None:
+    async def scene() -> None:
+        pair = make_pair(transports(), receive_slots=2)
+        sources, sinks = [FakeSource(i) for i in range(12)], [FakeSink(i) for i in range(12)]
+        for i, (source, sink) in enumerate(zip(sources, sinks, strict=True)):
+            pair.expect(sink, 16 * 11, bytes([i]) * 16)
+            sender = pair.offer(source, 16 * 11, bytes([i]) * 16)
+            sender.computed(16 * 11)
+            sender.finish([TOKEN])
+        await until(lambda: all(s.outcome is not None for s in sources))
+        for sink in sinks:
+            sink.assert_right(11)
+        pair.assert_no_leaks()
+        pair.prefill.close()
+        pair.decode.close()
+
+    play(scene())
+
+
+def test_an_offer_that_comes_before_its_submit_is_parked() -> None:
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        source, sink = FakeSource(1), FakeSink(1)
+        sender = pair.offer(source, 40, b"a" * 16)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        pair.expect(sink, 40, b"a" * 16)
+        sender.computed(40)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is Outcome.RECEIVED)
+        sink.assert_right(3)
+
+    play(scene())
+
+
+def test_a_receiver_short_of_blocks_waits_and_grants_later() -> None:
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        source, sink = FakeSource(1), FakeSink(1, num_not_now=3)
+        pair.expect(sink, 40, b"a" * 16)
+        sender = pair.offer(source, 40, b"a" * 16)
+        sender.computed(40)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is Outcome.RECEIVED)
+        sink.assert_right(3)
+
+    play(scene())
+
+
+def test_a_wrong_one_time_token_is_refused() -> None:
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        source, sink = FakeSource(1), FakeSink(1)
+        pair.expect(sink, 40, b"a" * 16, token=b"x" * 16)
+        pair.offer(source, 40, b"a" * 16)
+        await until(lambda: source.outcome is not None)
+        assert (source.outcome, source.reason) == (Outcome.REFUSED, "unknown_transfer")
+        assert sink.end == "unknown_transfer" and not sink.holds_blocks
+        pair.assert_no_leaks()
+
+    play(scene())
+
+
+class BrokenSource(FakeSource):
+    """Sends something else than what it digested."""
+
+    def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview) -> list[int]:
+        sums = super().pack(first_block, num_blocks, dtype, payload)
+        payload[len(payload) // 2] ^= 0x10
+        return sums
+
+
+def test_one_flipped_bit_is_found_and_nothing_is_written() -> None:
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        source, sink = BrokenSource(1), FakeSink(1)
+        pair.expect(sink, 40, b"a" * 16)
+        sender = pair.offer(source, 40, b"a" * 16)
+        sender.computed(40)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is not None)
+        assert source.outcome is Outcome.ABORTED and source.reason == "kv_digest_mismatch"
+        assert sink.end == "kv_digest_mismatch" and not sink.written
+        await until(lambda: pair.decode.num_held_slots == 0)
+        pair.assert_no_leaks()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+@pytest.mark.parametrize("turns", range(0, 24, 3))
+def test_an_abort_at_any_time_leaves_nothing_behind(
+    transports: Callable[[], tuple[Transport, Transport]], side: str, turns: int
+) -> None:
+    async def scene() -> None:
+        pair = make_pair(transports(), receive_slots=2)
+        source, sink = FakeSource(1), FakeSink(1)
+        receiver = pair.expect(sink, 16 * 30, b"a" * 16)
+        sender = pair.offer(source, 16 * 30, b"a" * 16)
+        sender.computed(16 * 30)
+        sender.finish([TOKEN])
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if side == "prefill":
+            sender.abort("test")
+        else:
+            receiver.close("test", is_retryable=True)
+        await until(lambda: source.outcome is not None and bool(sink.end))
+        await until(lambda: pair.decode.num_held_slots + pair.prefill.num_held_slots == 0)
+        assert sink.end == "ready" or not sink.holds_blocks
+        pair.assert_no_leaks()
+        # The ring still works.
+        source, sink = FakeSource(2), FakeSink(2)
+        pair.expect(sink, 100, b"b" * 16)
+        sender = pair.offer(source, 100, b"b" * 16)
+        sender.computed(100)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is Outcome.RECEIVED)
+        sink.assert_right(7)
+        pair.prefill.close()
+        pair.decode.close()
+
+    play(scene())
+
+
+def test_a_lost_peer_ends_its_transfers_and_its_slots_are_replaced() -> None:
+    async def scene() -> None:
+        hub = Hub()
+        pair = make_pair((hub.create(), hub.create()))
+        source, sink = FakeSource(1), FakeSink(1)
+        pair.expect(sink, 16 * 30, b"a" * 16)
+        pair.offer(source, 16 * 30, b"a" * 16).computed(16 * 12)
+        await until(lambda: bool(sink.written))
+        hub.lose(pair.at_prefill.address)
+        pair.decode.peer_gone(pair.prefill.incarnation)
+        assert sink.end == "peer_gone" and not sink.holds_blocks
+        assert pair.decode.num_open == 0 and pair.decode.num_held_slots == 0
+
+    play(scene())
+
+
+def test_messages_of_a_stale_incarnation_are_dropped() -> None:
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        sink = FakeSink(1)
+        pair.expect(sink, 40, b"a" * 16)
+        pair.decode.peer_gone(pair.prefill.incarnation)
+        pair.offer(FakeSource(1), 40, b"b" * 16)
+        await until(lambda: pair.decode.counters.dropped.get("stale_incarnation", 0) == 1)
+        assert sink.end == "peer_gone"
+
+    play(scene())
+
+
+def test_a_pair_measures_itself(transports: Callable[[], tuple[Transport, Transport]]) -> None:
+    async def scene() -> None:
+        pair = make_pair(transports())
+        results: list[tuple[float, float, str]] = []
+        pair.decode.meet(pair.at_prefill)
+        pair.prefill.measure(pair.at_decode, lambda *result: results.append(result))
+        await until(lambda: bool(results))
+        round_trip_s, bytes_per_s, path = results[0]
+        assert 0 < round_trip_s < 1 and bytes_per_s > 0 and path == "shared memory"
+        pair.assert_no_leaks()
+        pair.prefill.close()
+        pair.decode.close()
+
+    play(scene())
