@@ -46,6 +46,7 @@ log = structlog.get_logger("kvtransfer")
 
 SLOTS_PER_TRANSFER = 2
 TICK_S = 0.02
+MEASURE_RETRY_S = 0.5
 # How long a sender waits for the receiver's next word. A receiver that waits for blocks refuses by itself, sooner.
 DEADLINES = {
     Send.OFFERED: limits.GRANT_WAIT_S,
@@ -228,6 +229,7 @@ class TransferAgent:
         there = self._peer(peer)
         there.meter = PairMeter(self, there.send, there.link, done)
         there.meter.start()
+        asyncio.get_running_loop().call_later(MEASURE_RETRY_S, self._measure_again, peer, there.meter, done)
 
     def peer_gone(self, incarnation: bytes) -> None:
         """The peer is dead or was replaced: its transfers end now, its slots are quarantined."""
@@ -247,6 +249,12 @@ class TransferAgent:
             self.receive_ring.quarantine(slot)
         peer.link.close()
         self.lend()
+
+    def _measure_again(self, peer: PeerAddress, meter: PairMeter, done: Callable[[float, float, str], None]) -> None:
+        """The peer may not have known us yet, or was busy: the measurement starts over until it has a result."""
+        there = self._peers.get(peer.incarnation)
+        if not meter.is_done and there is not None and there.meter is meter:
+            self.measure(peer, done)
 
     # -- what machines call, through their peer
 

@@ -1,7 +1,7 @@
 """Measures a pair of workers when they meet: round trip, bandwidth, and what carried the bytes. Sans-IO but for counters.
 
-The measuring side sends pings; a ping that names payload bytes is answered with a lent slot, the payload is sent into it,
-and its arrival is answered with another pong. `get_active_transports` of UCX lists shared memory even where TCP is used,
+The measuring side first sends plain pings, then one that asks for slots: the other side lends some, and lends each again
+when its payload has arrived, as a real transfer does. `get_active_transports` of UCX lists shared memory even where TCP is used,
 so the path is told by watching the network interfaces: bytes that crossed none of them went through shared memory.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -45,11 +46,10 @@ class PairMeter:
         self._host = host
         self._send = send
         self._link = link
+        self.is_done = False
         self._done = done
         self._round_trips: list[float] = []
         self._sent_at = 0.0
-        self._num_asked = 0
-        self._num_arrived = 0
         self._began = 0.0
         self._network_before: int | None = None
 
@@ -64,27 +64,16 @@ class PairMeter:
             else:
                 self._began = self._host.now()
                 self._network_before = network_bytes()
-                for _ in range(WINDOW):
-                    self._ask()
-        elif pong.slots.slots:
-            for lent in pong.slots.slots:
-                self._fill(slot_tag(lent.index, lent.generation))
-        else:
-            self._num_arrived += 1
-            if self._num_arrived == NUM_PAYLOADS:
-                self._finish()
-            else:
-                self._ask()
+                self._send(kv_pb2.KvMessage(ping=kv_pb2.Ping(num_payloads=NUM_PAYLOADS)))
+            return
+        for lent in pong.slots.slots:
+            self._fill(slot_tag(lent.index, lent.generation))
+        if pong.num_arrived == NUM_PAYLOADS and not self.is_done:
+            self._finish()
 
     def _ping(self) -> None:
         self._sent_at = self._host.now()
         self._send(kv_pb2.KvMessage(ping=kv_pb2.Ping(sequence=len(self._round_trips))))
-
-    def _ask(self) -> None:
-        if self._num_asked < NUM_PAYLOADS:
-            self._num_asked += 1
-            ping = kv_pb2.Ping(sequence=self._num_asked, payload_bytes=self._host.send_ring.slot_bytes)
-            self._send(kv_pb2.KvMessage(ping=ping))
 
     def _fill(self, tag: int) -> None:
         slot = self._host.send_ring.lend()
@@ -98,6 +87,7 @@ class PairMeter:
         self._link.send_payload(tag, buffer, sent)
 
     def _finish(self) -> None:
+        self.is_done = True
         moved = NUM_PAYLOADS * self._host.send_ring.slot_bytes
         seconds = max(self._host.now() - self._began, 1e-9)
         self._done(statistics.median(self._round_trips), moved / seconds, path_of(moved, self._network_before, network_bytes()))
@@ -110,18 +100,40 @@ class ProbeResponder:
         self._host = host
 
     def on_ping(self, incarnation: bytes, send: Callable[[kv_pb2.KvMessage], None] | None, ping: kv_pb2.Ping) -> None:
-        if send is None:  # a peer the router has not told us about
+        if send is None:  # a peer the router has not told us about yet; it asks again
             return
-        if not ping.payload_bytes:
+        if not ping.num_payloads:
             send(kv_pb2.KvMessage(pong=kv_pb2.Pong(sequence=ping.sequence)))
             return
-        slot = self._host.receive_ring.lend()
-        if slot is None:  # busy with real transfers: the measurement ends without a result
-            return
-        arrival = kv_pb2.KvMessage(pong=kv_pb2.Pong(sequence=ping.sequence))
-        self._host.post_probe(slot, incarnation, lambda: send(arrival))
-        lent = kv_pb2.Slot(index=slot.index, generation=slot.generation, bytes=len(slot.buffer))
-        send(kv_pb2.KvMessage(pong=kv_pb2.Pong(sequence=ping.sequence, slots=kv_pb2.Slots(slots=[lent]))))
+        run = _ProbeRun(self._host, incarnation, send, min(ping.num_payloads, NUM_PAYLOADS))
+        for _ in range(WINDOW):
+            run.lend()
+
+
+@dataclass(slots=True)
+class _ProbeRun:
+    """One measurement at the receiving side. Short of slots it ends without a result."""
+
+    host: ProbeHost
+    incarnation: bytes
+    send: Callable[[kv_pb2.KvMessage], None]
+    num_payloads: int
+    num_lent: int = 0
+    num_arrived: int = 0
+
+    def lend(self) -> None:
+        """Tells how much has arrived and, while more is to come, lends a slot for it."""
+        pong = kv_pb2.Pong(num_arrived=self.num_arrived)
+        slot = self.host.receive_ring.lend() if self.num_lent < self.num_payloads else None
+        if slot is not None:
+            self.num_lent += 1
+            self.host.post_probe(slot, self.incarnation, self._arrived)
+            pong.slots.slots.add(index=slot.index, generation=slot.generation, bytes=len(slot.buffer))
+        self.send(kv_pb2.KvMessage(pong=pong))
+
+    def _arrived(self) -> None:
+        self.num_arrived += 1
+        self.lend()
 
 
 def network_bytes() -> int | None:

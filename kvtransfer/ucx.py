@@ -76,7 +76,7 @@ class UcxTransport:
         self._turn()
 
     def allocate(self, num_bytes: int) -> memoryview:
-        return memoryview(mmap.mmap(-1, num_bytes))
+        return memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
 
     def connect(self, address: bytes) -> Link:
         peer = libucxx.UCXAddress.create_from_buffer(address)

@@ -30,8 +30,9 @@ _ids = itertools.count()
 def load_model(path: Path, dtype: str = "fp32", context: int | None = None) -> Transformer:
     model = ModelDir(path)
     weights = load_weights(model, LoadOptions(TORCH_DTYPES[dtype], torch.device("cpu")))
+    config = model.config
     return Transformer(
-        model.config, weights, rope_table(model.config.rope, model.config.head_dim, context or model.config.max_positions)
+        config, weights, rope_table(config.rope, config.head_dim, context or config.max_positions, torch.device("cpu"))
     )
 
 

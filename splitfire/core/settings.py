@@ -231,21 +231,12 @@ def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
             raise ConfigError(f"unknown environment variable {name}{_nearest(name, sorted(known))}")
 
 
+# Set by `splitfire up` for its children: the process whose end they must not outlive.
+PARENT_VARIABLE = ENV_PREFIX + "PARENT"
+
 # What only the command line tool reads (splitfire/cli): the twins of its own flags.
-CLI_VARIABLES = {
-    ENV_PREFIX + name
-    for name in (
-        "PREFILL",
-        "DECODE",
-        "AGGREGATED",
-        "PREFILL_CPUS",
-        "DECODE_CPUS",
-        "ROUTER_CPUS",
-        "SERVER",
-        "TIMEOUT",
-        "DEMO_PROMPT",
-    )
-}
+_CLI_FLAGS = ("PREFILL", "DECODE", "AGGREGATED", "PREFILL_CPUS", "DECODE_CPUS", "SERVER", "TIMEOUT", "DEMO_PROMPT")
+CLI_VARIABLES = {PARENT_VARIABLE, *(ENV_PREFIX + name for name in _CLI_FLAGS)}
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -92,6 +92,7 @@ class Engine:
         self._num_reserved = 0
         self._prefill_rate = 0.0
         self._decode_rate = 0.0
+        self.on_started: Callable[[tuple[SeqId, ...]], None] = lambda ids: None
 
     # -- engine thread
 
@@ -134,9 +135,11 @@ class Engine:
             slices = self._scheduler.schedule(self._chunk_limit())
         if not slices:
             return StepResult((), 0, 0.0)
-        for piece in slices:
-            if piece.sequence.times.started is None:
-                piece.sequence.times.started = began
+        starting = [piece.sequence for piece in slices if piece.sequence.times.started is None]
+        for sequence in starting:
+            sequence.times.started = began
+        if starting:
+            self.on_started(tuple(s.spec.seq_id for s in starting))
         drawn = self.runner.run(slices)
         ended = self._clock()
         with self.lock:

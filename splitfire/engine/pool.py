@@ -6,6 +6,8 @@ count as resident memory only once they are written. Block 0 .. num_blocks-1 are
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,12 @@ class KvPool:
     def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
-        # zeros, not empty: positions past the valid tokens are read (and masked), and NaN * 0 would not be 0.
-        self.data = torch.zeros((num_blocks, *layout.block_shape), dtype=TORCH_DTYPES[layout.dtype], device=device)
+        # Zeros, not empty: positions past the valid tokens are read (and masked), and NaN * 0 would not be 0.
+        shape, dtype = (num_blocks, *layout.block_shape), TORCH_DTYPES[layout.dtype]
+        if device.type == "cpu":  # the kernel's zero pages: not resident until written, which torch.zeros would do at once
+            self.data = torch.frombuffer(mmap.mmap(-1, num_blocks * layout.block_bytes), dtype=dtype).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
 
     def layer(self, layer: int) -> Tensor:
         """[num_blocks, 2, num_kv_heads, block_size, head_dim], a view."""

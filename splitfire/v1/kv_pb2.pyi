@@ -435,22 +435,23 @@ Global___Stopped: _TypeAlias = Stopped  # noqa: Y015
 
 @_typing.final
 class Ping(_message.Message):
+    """Measures the pair. With `num_payloads` 0 it is answered at once; else slots are lent until that many payloads came."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
-    PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_PAYLOADS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    payload_bytes: _builtins.int
-    """0: answer at once; else: lend a slot of this size, answer with it, count what arrives"""
+    num_payloads: _builtins.int
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
-        payload_bytes: _builtins.int = ...,
+        num_payloads: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload_bytes", b"payload_bytes", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_payloads", b"num_payloads", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -461,19 +462,24 @@ class Pong(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    NUM_ARRIVED_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
+    num_arrived: _builtins.int
     @_builtins.property
-    def slots(self) -> Global___Slots: ...
+    def slots(self) -> Global___Slots:
+        """to be filled"""
+
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
+        num_arrived: _builtins.int = ...,
         slots: Global___Slots | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_arrived", b"num_arrived", "sequence", b"sequence", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,7 +30,13 @@ class RopeTable:
         return Rotation(angles.cos() * self.attention_factor, angles.sin() * self.attention_factor)
 
 
-def rope_table(config: RopeConfig, head_dim: int, context_length: int) -> RopeTable:
+def rope_table(config: RopeConfig, head_dim: int, context_length: int, device: torch.device) -> RopeTable:
+    """Computed on the CPU, so that every device gets the same frequencies."""
+    table = _rope_table(config, head_dim, context_length)
+    return RopeTable(table.inverse_frequencies.to(device), table.attention_factor)
+
+
+def _rope_table(config: RopeConfig, head_dim: int, context_length: int) -> RopeTable:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     plain = 1.0 / config.theta**exponents
     if config.rope_type == "linear":

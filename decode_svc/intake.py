@@ -1,0 +1,99 @@
+"""Intake: the agent's Sink for one job, from offer to join. io thread.
+
+Touches only RESERVED blocks, which no running sequence can see; `join` is the only thing that waits for a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kvtransfer.receiver import Expectation, Receiver, Room
+from splitfire.core.hashing import hash_blocks
+from splitfire.engine.engine import Reservation
+from splitfire.engine.kernels.pack import block_sums, unpack
+from splitfire.v1 import kv_pb2
+from splitfire.worker.context import WorkerContext
+from splitfire.worker.job import Handoff, Job
+
+
+class Intake:
+    """Ends with exactly one call: `on_joined` (the engine has the sequence) or `on_failed` (nothing is held)."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        job: Job,
+        handoff: Handoff,
+        on_joined: Callable[[Intake, kv_pb2.FirstToken], None],
+        on_failed: Callable[[Intake, str, bool], None],
+    ) -> None:
+        self.job = job
+        self._context = context
+        self._on_joined = on_joined
+        self._on_failed = on_failed
+        self._reservation: Reservation | None = None
+        self._names = job.spec.block_hashes or hash_blocks(
+            job.spec.hash_root, (*job.spec.prompt, *job.spec.output), context.layout.block_size
+        )
+        self._is_over = False
+        expectation = Expectation(
+            transfer_id=handoff.transfer_id,
+            token=handoff.token,
+            incarnation=handoff.peer.incarnation,
+            num_tokens=job.spec.num_tokens,
+            layout=context.layout,
+            fingerprint=context.agent.fingerprint,
+        )
+        self.receiver: Receiver = context.agent.expect(expectation, handoff.peer, self)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens that did not have to move."""
+        return self._reservation.num_pinned * self._context.layout.block_size if self._reservation is not None else 0
+
+    def cancel(self) -> None:
+        """The request is over: blocks are free when this returns."""
+        self._is_over = True
+        self.receiver.close("request ended", is_retryable=False)
+
+    # -- Sink
+
+    def reserve(self) -> int | Room:
+        self._reservation = self._context.host.engine.reserve(self.job.spec)
+        return Room.NOT_NOW if self._reservation is None else self._reservation.num_pinned
+
+    def block_sums(self, blocks: memoryview, num_blocks: int) -> list[int]:
+        return block_sums(torch.frombuffer(blocks, dtype=torch.uint8), num_blocks)
+
+    def write(self, first_block: int, num_blocks: int, dtype: str, blocks: memoryview) -> None:
+        reservation = self._reservation
+        assert reservation is not None
+        engine = self._context.host.engine
+        ids = reservation.block_ids[first_block : first_block + num_blocks]
+        unpack(engine.runner.pool, ids, dtype, torch.frombuffer(blocks, dtype=torch.uint8))
+        engine.commit(reservation, first_block, num_blocks, self._names)
+
+    def ready(self, first_tokens: Sequence[kv_pb2.FirstToken]) -> None:
+        reservation = self._reservation
+        assert reservation is not None
+        spec = self.job.spec
+        first = next((t for t in first_tokens if t.choice == spec.choice), None)
+        if (
+            first is None
+            or first.offset != len(spec.output)
+            or first.token_id >= self._context.host.engine.runner.model.config.vocab_size
+        ):
+            self.closed("bad_first_token", is_retryable=True)
+            return
+        self._context.host.join(reservation, first.token_id)
+        self._on_joined(self, first)
+
+    def closed(self, reason: str, is_retryable: bool) -> None:
+        if self._reservation is not None:
+            self._context.host.engine.forfeit(self._reservation)
+            self._reservation = None
+        if not self._is_over:
+            self._is_over = True
+            self._on_failed(self, reason, is_retryable)

@@ -1,0 +1,165 @@
+"""Policy of the decode role: one record per job, from submit to the last token. io thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from decode_svc.intake import Intake
+from splitfire.core.errors import DataLoss, Internal, Mismatch, SplitfireError, Unavailable
+from splitfire.engine.engine import SequenceUpdate
+from splitfire.engine.sequence import SeqId
+from splitfire.v1 import fleet_pb2, inference_pb2, kv_pb2
+from splitfire.worker.context import WorkerContext
+from splitfire.worker.job import Job, Replies, logprobs_to_wire
+
+
+@dataclass(slots=True)
+class _Decode:
+    """A job that waits for its KV has an `intake`; one that generates has `began`."""
+
+    job: Job
+    intake: Intake | None = None
+    first: kv_pb2.FirstToken | None = None  # handed over; repeated in the first frame
+    joined_at: float | None = None
+    began: float | None = None  # first step of its own
+    timing: fleet_pb2.WorkerTiming | None = None
+    kv_transfer: inference_pb2.KvTransfer | None = None
+
+
+class DecodeService:
+    """Generates. Holds no memory for a job before its offer."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._decodes: dict[SeqId, _Decode] = {}
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._decodes)
+
+    def owns(self, seq_id: SeqId) -> bool:
+        return seq_id in self._decodes
+
+    def submit(self, job: Job) -> None:
+        decode = self._decodes[job.spec.seq_id] = _Decode(job)
+        if job.part == fleet_pb2.PART_WHOLE:
+            self._context.host.add(job.spec)
+        elif job.handoff is None:
+            self._drop(decode)
+            job.refuse(SplitfireError("a decode part needs a handoff", reason="invalid_handoff"))
+        else:
+            intake = Intake(self._context, job, job.handoff, self._on_joined, self._on_failed)
+            if job.spec.seq_id in self._decodes:  # an offer that had come before may have failed already
+                decode.intake = intake
+
+    def on_started(self, seq_id: SeqId) -> None:
+        """Nothing to do: the first update carries the times."""
+
+    def on_update(self, update: SequenceUpdate) -> None:
+        decode = self._decodes.get(update.seq_id)
+        if decode is None:
+            return
+        job = decode.job
+        if update.error:
+            self._drop(decode)
+            job.refuse(Internal("the model's output is not finite", reason=update.error))
+            return
+        if update.token is None:
+            return
+        job.replies.output(self._output(decode, update))
+        if update.is_finished:
+            self._finish(decode, update)
+
+    def cancel(self, replies: Replies, attempt: int | None) -> None:
+        for decode in [d for d in self._decodes.values() if d.job.replies is replies and attempt in (None, d.job.attempt)]:
+            self._drop(decode)
+
+    def _output(self, decode: _Decode, update: SequenceUpdate) -> fleet_pb2.SequenceOutput:
+        job, token = decode.job, update.token
+        assert token is not None
+        logprobs = logprobs_to_wire(token)
+        output = fleet_pb2.SequenceOutput(
+            attempt=job.attempt,
+            offset=update.offset,
+            token_ids=[token.token_id],
+            logprobs=[logprobs] if logprobs is not None else [],
+        )
+        if decode.first is not None:
+            first, decode.first = decode.first, None
+            output.offset = first.offset
+            output.token_ids[:] = [first.token_id, token.token_id]
+            if logprobs is not None:
+                del output.logprobs[:]
+                output.logprobs.extend([first.logprobs, logprobs])
+        if decode.began is None:
+            self._begin(decode, update)
+            output.timing.CopyFrom(decode.timing or fleet_pb2.WorkerTiming())
+        return output
+
+    def _begin(self, decode: _Decode, update: SequenceUpdate) -> None:
+        """The first token made here: how long it took to get to it."""
+        job, context, now = decode.job, self._context, self._context.clock()
+        decode.began = now
+        phases = []
+        if decode.joined_at is not None:
+            phases.append(context.phase(job, "join", decode.joined_at, now))
+            context.telemetry.record("join", job.traceparent, decode.joined_at, now, {"splitfire.request_id": job.request_id})
+        elif update.times is not None and update.times.prompt_done is not None:
+            started = update.times.started or job.received_at
+            phases.append(context.phase(job, "prefill-queue", job.received_at, started))
+            phases.append(context.phase(job, "prefill", started, update.times.prompt_done))
+            context.telemetry.record(
+                "prefill", job.traceparent, started, update.times.prompt_done, {"splitfire.request_id": job.request_id}
+            )
+        cached = update.num_cached if decode.intake is None else decode.intake.num_cached_tokens
+        decode.timing = fleet_pb2.WorkerTiming(phases=phases, cached_tokens=cached)
+
+    def _finish(self, decode: _Decode, update: SequenceUpdate) -> None:
+        job, context, now = decode.job, self._context, self._context.clock()
+        self._decodes.pop(job.spec.seq_id, None)
+        began = decode.joined_at or decode.began or now
+        timing = fleet_pb2.WorkerTiming(phases=[context.phase(job, "decode", began, now)])
+        num_tokens = update.offset + 1 - len(job.spec.output)
+        context.telemetry.record(
+            "decode",
+            job.traceparent,
+            began,
+            now,
+            {"splitfire.request_id": job.request_id, "gen_ai.usage.output_tokens": num_tokens},
+        )
+        reason = inference_pb2.FINISH_REASON_STOP if update.stopped else inference_pb2.FINISH_REASON_LENGTH
+        finished = fleet_pb2.Finished(attempt=job.attempt, reason=reason, timing=timing)
+        if decode.kv_transfer is not None:
+            finished.kv_transfer.CopyFrom(decode.kv_transfer)
+        job.replies.finished(finished)
+
+    def _on_joined(self, intake: Intake, first: kv_pb2.FirstToken) -> None:
+        decode = self._decodes[intake.job.spec.seq_id]
+        decode.intake, decode.first, decode.joined_at = intake, first, self._context.clock()
+        receiver = intake.receiver
+        decode.kv_transfer = inference_pb2.KvTransfer(
+            transport=self._context.agent.transport.name,
+            bytes=receiver.bytes_received,
+            blocks=receiver.num_blocks_received,
+            duration_s=max(0.0, (receiver.done_at or 0.0) - (receiver.wanted_at or receiver.done_at or 0.0)),
+        )
+
+    def _on_failed(self, intake: Intake, reason: str, is_retryable: bool) -> None:
+        job = intake.job
+        self._decodes.pop(job.spec.seq_id, None)
+        error: SplitfireError
+        if reason == "kv_digest_mismatch":
+            error = DataLoss("KV arrived corrupt", reason=reason)
+        elif not is_retryable:
+            error = Mismatch(f"the hand-off is not possible: {reason}", reason="handoff_refused")
+        else:
+            error = Unavailable(f"the hand-off did not happen: {reason}", reason="handoff_failed")
+        job.refuse(error, is_retryable=is_retryable)
+
+    def _drop(self, decode: _Decode) -> None:
+        """Ends a job without a reply; what it holds is free now, or with the engine's next turn."""
+        self._decodes.pop(decode.job.spec.seq_id, None)
+        if decode.intake is not None and decode.joined_at is None:
+            decode.intake.cancel()
+        else:
+            self._context.host.finish(decode.job.spec.seq_id)

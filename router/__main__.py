@@ -1,0 +1,43 @@
+"""`python -m router`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # read when grpc is loaded; the text pool's processes do not use grpc
+
+import uvloop  # noqa: E402
+
+from router.server import RouterServer  # noqa: E402
+from splitfire.core.errors import ConfigError  # noqa: E402
+from splitfire.core.model_dir import ModelDir  # noqa: E402
+from splitfire.core.model_source import resolve_model  # noqa: E402
+from splitfire.core.process import end_with_parent  # noqa: E402
+from splitfire.core.settings import RouterSettings, exit_with, parse_settings  # noqa: E402
+from splitfire.core.telemetry import configure_logging  # noqa: E402
+
+
+async def serve(settings: RouterSettings, model: ModelDir) -> int:
+    server = RouterServer(settings, model)
+    await server.start()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, server.drain)
+    return await server.run()
+
+
+def main() -> int:
+    try:
+        end_with_parent()
+        settings = parse_settings(RouterSettings, sys.argv[1:], prog="splitfire router")
+        configure_logging("router", settings.log_level)
+        return uvloop.run(serve(settings, ModelDir(resolve_model(settings.model))))
+    except ConfigError as exc:
+        return exit_with(exc)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

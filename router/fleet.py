@@ -1,0 +1,352 @@
+"""The fleet as this router knows it: attached workers, their load, their attempts; and the service workers dial.
+
+A worker is its incarnation: a restart is another worker. When its Attach stream breaks, its attempts are lost and its
+peers are told. Two workers are only ever paired if their model fingerprints are equal, which is checked at Hello.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import grpc
+import structlog
+
+from router.placement import Placement, WorkerView
+from router.status import abort
+from splitfire.core import limits
+from splitfire.core.errors import InvalidInput, Mismatch, SplitfireError, Unauthenticated, Unavailable
+from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR, Fingerprint
+from splitfire.core.model_dir import ModelDir
+from splitfire.core.wire import fingerprint_from_wire
+from splitfire.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2
+
+log = structlog.get_logger("router")
+FleetContext = grpc.aio.ServicerContext[object, object]
+
+
+class AttemptEvents(Protocol):
+    """Who an attempt's frames go to."""
+
+    def on_output(self, incarnation: bytes, output: fleet_pb2.SequenceOutput) -> None: ...
+
+    def on_finished(self, incarnation: bytes, finished: fleet_pb2.Finished) -> None: ...
+
+    def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None: ...
+
+    def on_lost(self, incarnation: bytes) -> None:
+        """The worker is gone."""
+
+
+@dataclass(eq=False)
+class WorkerHandle:
+    """One attached worker. `outbox` is bounded: a worker that does not read its stream is dropped."""
+
+    hello: fleet_pb2.Hello
+    outbox: asyncio.Queue[fleet_pb2.AttachResponse] = field(default_factory=lambda: asyncio.Queue(limits.MAX_FRAMES_QUEUED))
+    attempts: dict[int, AttemptEvents] = field(default_factory=dict)
+    waiting_tokens: dict[int, int] = field(default_factory=dict)  # of attempts whose first token has not come
+    load: fleet_pb2.Load = field(default_factory=fleet_pb2.Load)
+    reported_at: float = field(default_factory=time.monotonic)
+    is_gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def incarnation(self) -> bytes:
+        return self.hello.incarnation
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.hello.role == inference_pb2.ROLE_PREFILL
+
+    def send(self, **frame: object) -> None:
+        try:
+            self.outbox.put_nowait(fleet_pb2.AttachResponse(**frame))  # type: ignore[arg-type]
+        except asyncio.QueueFull:
+            log.error("worker does not read its stream", worker_id=self.hello.worker_id)
+            self.is_gone.set()
+
+    def peer(self) -> fleet_pb2.Peer:
+        hello = self.hello
+        return fleet_pb2.Peer(
+            worker_id=hello.worker_id,
+            incarnation=hello.incarnation,
+            transports=hello.transports,
+            kv_format=hello.kv_format,
+            host=hello.host,
+        )
+
+    def view(self, now: float) -> WorkerView:
+        capacity = self.hello.capacity
+        is_silent = now - self.reported_at > limits.SUSPECT_AFTER_S
+        return WorkerView(
+            incarnation=self.incarnation,
+            is_prefill=self.is_prefill,
+            can_take=not (self.load.is_draining or self.is_gone.is_set() or is_silent),
+            num_running=len(self.attempts),
+            queued_tokens=sum(self.waiting_tokens.values()),
+            max_running=capacity.max_running,
+            chunk_tokens=capacity.chunk_tokens,
+            free_blocks=self.load.free_blocks,
+        )
+
+
+class Fleet:
+    """All attached workers. Event loop only."""
+
+    def __init__(self, model: ModelDir, on_change: Callable[[], None]) -> None:
+        self._model = model
+        self._on_change = on_change
+        self._workers: dict[bytes, WorkerHandle] = {}
+        self._pairs: dict[tuple[bytes, bytes], fleet_pb2.PairMeasurement] = {}
+        self._next_attempt = 1
+
+    @property
+    def workers(self) -> list[WorkerHandle]:
+        return list(self._workers.values())
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Of the workers; None while there is none."""
+        first = next(iter(self._workers.values()), None)
+        return fingerprint_from_wire(first.hello.fingerprint) if first is not None else None
+
+    @property
+    def max_context(self) -> int | None:
+        """The shortest of the workers'; None while there is none."""
+        return min((w.hello.capacity.max_context for w in self._workers.values()), default=None)
+
+    @property
+    def pool_tokens(self) -> int | None:
+        """KV room of the largest decode pool."""
+        pools = [w.hello.capacity.total_blocks * w.hello.kv_format.block_size for w in self._workers.values() if not w.is_prefill]
+        return max(pools, default=None)
+
+    def snapshot(self) -> list[WorkerView]:
+        now = time.monotonic()
+        return [worker.view(now) for worker in self._workers.values()]
+
+    def begin(self, placement: Placement, num_tokens: int, events: AttemptEvents) -> int:
+        """Counts an attempt at its workers from now on, before anything is sent; its number."""
+        attempt = self._next_attempt
+        self._next_attempt += 1
+        for incarnation in filter(None, (placement.prefill, placement.decode)):
+            self._workers[incarnation].attempts[attempt] = events
+        computing = placement.prefill or placement.decode
+        assert computing is not None
+        self._workers[computing].waiting_tokens[attempt] = num_tokens
+        return attempt
+
+    def started(self, attempt: int) -> None:
+        """The first token came: its prompt waits for nobody any more."""
+        for worker in self._workers.values():
+            if worker.waiting_tokens.pop(attempt, None) is not None:
+                self._on_change()
+
+    def end(self, attempt: int, incarnation: bytes | None, cancel_reason: str | None) -> None:
+        """The attempt is over at one worker or (None) at all; told to the worker when a reason is given."""
+        for worker in self._workers.values():
+            if incarnation in (None, worker.incarnation) and worker.attempts.pop(attempt, None) is not None:
+                worker.waiting_tokens.pop(attempt, None)
+                if cancel_reason is not None:
+                    worker.send(cancel=fleet_pb2.Cancel(attempt=attempt, reason=cancel_reason))
+        self._on_change()
+
+    def worker(self, incarnation: bytes) -> WorkerHandle | None:
+        return self._workers.get(incarnation)
+
+    def add(self, worker: WorkerHandle) -> None:
+        """Introduces a worker that passed `check` to those of the other role."""
+        hello = worker.hello
+        worker.load.total_blocks = worker.load.free_blocks = hello.capacity.total_blocks
+        for other in self._workers.values():
+            if other.is_prefill is not worker.is_prefill:
+                other.send(peer_up=fleet_pb2.PeerUp(peer=worker.peer()))
+                worker.send(peer_up=fleet_pb2.PeerUp(peer=other.peer()))
+        self._workers[worker.incarnation] = worker
+        log.info(
+            "worker attached", worker_id=hello.worker_id, role=inference_pb2.Role.Name(hello.role), num_workers=len(self._workers)
+        )
+        self._on_change()
+
+    def remove(self, worker: WorkerHandle) -> None:
+        """Its stream is over: attempts are lost, peers are told."""
+        self._workers.pop(worker.incarnation, None)
+        for pair in [p for p in self._pairs if worker.incarnation in p]:
+            del self._pairs[pair]
+        for other in self._workers.values():
+            if other.is_prefill is not worker.is_prefill:
+                other.send(peer_gone=fleet_pb2.PeerGone(incarnation=worker.incarnation))
+        attempts, worker.attempts = dict(worker.attempts), {}
+        for events in attempts.values():
+            events.on_lost(worker.incarnation)
+        log.info("worker detached", worker_id=worker.hello.worker_id, attempts_lost=len(attempts), num_workers=len(self._workers))
+        self._on_change()
+
+    def on_report(self, report: fleet_pb2.ReportRequest) -> None:
+        worker = self._workers.get(report.incarnation)
+        if worker is None:
+            return
+        if report.HasField("load"):
+            was_draining = worker.load.is_draining
+            worker.load = clamped(report.load, worker.hello.capacity.total_blocks)
+            worker.reported_at = time.monotonic()
+            if worker.load.is_draining is not was_draining:
+                self._on_change()
+        elif report.HasField("pair"):
+            self._pairs[(worker.incarnation, report.pair.peer_incarnation)] = report.pair
+
+    def describe(self) -> inference_pb2.GetFleetResponse:
+        response = inference_pb2.GetFleetResponse()
+        for worker in self._workers.values():
+            hello, load = worker.hello, worker.load
+            response.workers.add(
+                worker_id=hello.worker_id, role=hello.role, is_draining=load.is_draining, incarnation=hello.incarnation.hex(),
+                kv_dtype=hello.kv_format.dtype, block_size=hello.kv_format.block_size, total_blocks=load.total_blocks,
+                free_blocks=load.free_blocks, running_sequences=load.running_sequences, queued_tokens=load.queued_tokens,
+                prefill_tokens_per_s=load.prefill_tokens_per_s, decode_tokens_per_s=load.decode_tokens_per_s,
+                resident_bytes=load.resident_bytes, held_slots=load.held_slots,
+            )  # fmt: skip
+        for (prefill, decode), pair in self._pairs.items():
+            if prefill in self._workers and decode in self._workers:
+                response.pairs.add(
+                    prefill_worker_id=self._workers[prefill].hello.worker_id, decode_worker_id=self._workers[decode].hello.worker_id,
+                    transport=pair.transport, path=pair.path, round_trip_s=pair.round_trip_s, bytes_per_s=pair.bytes_per_s,
+                )  # fmt: skip
+        return response
+
+    def check(self, hello: fleet_pb2.Hello) -> None:
+        """Whether this worker may join, or the error that says why not."""
+        if hello.version.major != PROTOCOL_MAJOR:
+            raise Mismatch(
+                f"worker {hello.worker_id[:40]!r} speaks protocol {hello.version.major}.{hello.version.minor}, "
+                f"this router {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; run the same version",
+                reason="version",
+            )
+        check_hello(hello)
+        if hello.incarnation in self._workers:
+            raise InvalidInput("incarnation", "is attached already")
+        if len(self._workers) >= limits.MAX_WORKERS:
+            raise Unavailable(f"{len(self._workers)} workers are attached, limit {limits.MAX_WORKERS}", reason="too_many_workers")
+        theirs = fingerprint_from_wire(hello.fingerprint)
+        for name, mine in (("config", self._model.config_digest), ("tokenizer", self._model.tokenizer_digest)):
+            if getattr(theirs, name) != mine:
+                raise Mismatch(
+                    f"{name} of the model differs between this router and {hello.worker_id}; start both from the same model",
+                    reason=f"fingerprint_{name}",
+                )
+        first = next(iter(self._workers.values()), None)
+        if first is not None:
+            fingerprint_from_wire(first.hello.fingerprint).require_equal(theirs, first.hello.worker_id, hello.worker_id)
+
+
+def check_hello(hello: fleet_pb2.Hello) -> None:
+    """A worker's own words about itself, in range (group B of bad inputs)."""
+    if not 1 <= len(hello.worker_id) <= limits.MAX_WORKER_ID_CHARS or not hello.worker_id.isprintable():
+        raise InvalidInput("worker_id", f"accepted: 1 to {limits.MAX_WORKER_ID_CHARS} printable characters")
+    if len(hello.incarnation) != 16:
+        raise InvalidInput("incarnation", f"has {len(hello.incarnation)} bytes, accepted: 16")
+    if hello.role not in (inference_pb2.ROLE_PREFILL, inference_pb2.ROLE_DECODE):
+        raise InvalidInput("role", f"is {hello.role}, accepted: ROLE_PREFILL or ROLE_DECODE")
+    for name, high in (
+        ("total_blocks", 1 << 31),
+        ("max_running", 1 << 20),
+        ("max_context", limits.MAX_POSITIONS),
+        ("chunk_tokens", 1 << 20),
+    ):
+        value = getattr(hello.capacity, name)
+        if not 1 <= value <= high:
+            raise InvalidInput(f"capacity.{name}", f"is {value}, accepted: 1 to {high}")
+    if not 1 <= len(hello.transports) <= 8 or any(len(t.address) > 4096 or len(t.name) > 32 for t in hello.transports):
+        raise InvalidInput("transports", "accepted: 1 to 8, addresses of at most 4096 bytes")
+
+
+def clamped(load: fleet_pb2.Load, total_blocks: int) -> fleet_pb2.Load:
+    """A load report can be late or wrong; it never says more than is possible (F62)."""
+    load.total_blocks = total_blocks
+    load.free_blocks = min(load.free_blocks, total_blocks)
+    for rate in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+        value = getattr(load, rate)
+        if not 0.0 <= value < 1e12:  # NaN fails this too
+            setattr(load, rate, 0.0)
+    return load
+
+
+class FleetService(fleet_pb2_grpc.FleetServicer):
+    """fleet.proto's service, for workers only."""
+
+    def __init__(self, fleet: Fleet, router_id: str, token: bytes | None) -> None:
+        self._fleet = fleet
+        self._router_id = router_id
+        self._token = token
+
+    async def Attach(self, requests: AsyncIterator[fleet_pb2.AttachRequest], context: FleetContext) -> None:  # type: ignore[override]  # noqa: N802
+        """One worker, for as long as its stream lives."""
+        try:
+            self._authenticate(context)
+            first = await asyncio.wait_for(context.read(), limits.HELLO_TIMEOUT_S)
+            if not isinstance(first, fleet_pb2.AttachRequest) or not first.HasField("hello"):
+                raise InvalidInput("frame", "the first one must be hello")
+            self._fleet.check(first.hello)
+        except TimeoutError:
+            return
+        except SplitfireError as exc:
+            log.warning("worker refused", reason=exc.reason, detail=str(exc))
+            await abort(context, exc, "")
+        worker = WorkerHandle(first.hello)
+        version = fleet_pb2.ProtocolVersion(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR)
+        worker.send(welcome=fleet_pb2.Welcome(router_id=self._router_id, version=version))
+        self._fleet.add(worker)
+        tasks = [
+            asyncio.create_task(self._write(worker, context), name=f"fleet-write-{worker.hello.worker_id}"),
+            asyncio.create_task(self._read(worker, context), name=f"fleet-read-{worker.hello.worker_id}"),
+            asyncio.create_task(worker.is_gone.wait(), name=f"fleet-gone-{worker.hello.worker_id}"),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._fleet.remove(worker)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def Report(self, requests: AsyncIterator[fleet_pb2.ReportRequest], context: FleetContext) -> None:  # type: ignore[override]  # noqa: N802
+        try:
+            self._authenticate(context)
+        except SplitfireError as exc:
+            await abort(context, exc, "")
+        while isinstance(report := await context.read(), fleet_pb2.ReportRequest):
+            self._fleet.on_report(report)
+
+    async def _write(self, worker: WorkerHandle, context: FleetContext) -> None:
+        while True:
+            await context.write(await worker.outbox.get())
+
+    async def _read(self, worker: WorkerHandle, context: FleetContext) -> None:
+        """Never waits for a client: every frame goes into a buffer."""
+        while isinstance(request := await context.read(), fleet_pb2.AttachRequest):
+            kind = request.WhichOneof("frame")
+            if kind == "step_output":
+                for output in request.step_output.sequences:
+                    events = worker.attempts.get(output.attempt)
+                    if events is not None:
+                        events.on_output(worker.incarnation, output)
+            elif kind == "finished":
+                events = worker.attempts.get(request.finished.attempt)
+                if events is not None:
+                    events.on_finished(worker.incarnation, request.finished)
+            elif kind == "refused":
+                events = worker.attempts.get(request.refused.attempt)
+                if events is not None:
+                    events.on_refused(worker.incarnation, request.refused)
+
+    def _authenticate(self, context: FleetContext) -> None:
+        if self._token is None:
+            return
+        given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+        expected = b"Bearer " + self._token
+        if len(given) != 1 or not hmac.compare_digest(str(given[0]).encode(), expected):
+            raise Unauthenticated("this port is for workers; give them the router's --fleet-token-file", reason="fleet_token")

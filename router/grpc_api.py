@@ -1,0 +1,327 @@
+"""The public gRPC service: parse, validate, run, stream. One handler per call; everything it started ends with it.
+
+Only this file and `http_api.py` (later) see clients. Messages are parsed here, not by the generated code, so that bytes
+that are no message get an honest INVALID_ARGUMENT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
+from tokenizers import Tokenizer
+
+from router.fleet import Fleet
+from router.flow import Choice, Flow, RequestPlan, phases_of
+from router.status import abort, unexpected
+from router.text import TextPool, TextStream
+from splitfire.core import limits
+from splitfire.core.errors import AlreadyExists, DeadlineExceeded, Exhausted, InvalidInput, SplitfireError, Unavailable
+from splitfire.core.telemetry import RequestTrace, Telemetry
+from splitfire.core.validation import (
+    ModelLimits,
+    ValidRequest,
+    check_messages,
+    check_model,
+    check_request,
+    refuse_unknown_fields,
+    resolve_stopping,
+)
+from splitfire.v1 import inference_pb2 as pb
+
+log = structlog.get_logger("router")
+SERVICE = "splitfire.v1.Inference"
+Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Bytes that are not the message the method takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model as clients see it; `limits` changes as workers come and go."""
+
+    limits: Callable[[], ModelLimits]
+    tokenizer: Tokenizer
+    text: TextPool
+
+
+class InferenceApi:
+    """`splitfire.v1.Inference`. `is_draining` refuses new requests."""
+
+    def __init__(self, model: ServedModel, fleet: Fleet, flow: Flow, telemetry: Telemetry, worker_ports: list[str]) -> None:
+        self.is_draining = False
+        self._model = model
+        self._fleet = fleet
+        self._flow = flow
+        self._telemetry = telemetry
+        self._worker_ports = worker_ports
+        self._active: set[str] = set()
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What the server registers instead of the generated servicer."""
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        methods = {
+            "Generate": stream(self.generate, _parser(pb.GenerateRequest), _serialize),
+            "Tokenize": unary(self.tokenize, _parser(pb.TokenizeRequest), _serialize),
+            "ListModels": unary(self.list_models, _parser(pb.ListModelsRequest), _serialize),
+            "GetFleet": unary(self.get_fleet, _parser(pb.GetFleetRequest), _serialize),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    async def generate(self, request: pb.GenerateRequest | Malformed, context: Context) -> None:
+        accepted_at = time.monotonic()
+        request_id = ""
+        trace = RequestTrace(None)
+        choices: list[Choice] = []
+        try:
+            message = _well_formed(request)
+            valid = check_request(message, self._model.limits())
+            request_id = valid.request_id or secrets.token_hex(12)
+            trace = self._telemetry.begin_request(_traceparent(context), accepted_at)
+            self._claim(request_id)
+            try:
+                plan = await self._accept(valid, request_id, trace, accepted_at, context)
+                queued_at = time.monotonic()
+                self._telemetry.record("accept", trace.traceparent, accepted_at, queued_at, {"splitfire.request_id": request_id})
+                await self._stream(plan, valid, choices, trace, queued_at, context)
+            finally:
+                self._active.discard(request_id)
+        except SplitfireError as exc:
+            await abort(context, exc, request_id, _partial(choices))
+        except (asyncio.CancelledError, grpc.RpcError):
+            raise
+        except Exception as exc:
+            await abort(context, unexpected(exc), request_id, _partial(choices))
+        finally:
+            generated = sum(len(c.ids) for c in choices)
+            attributes = {
+                "splitfire.request_id": request_id,
+                "gen_ai.operation.name": "generate",
+                "gen_ai.usage.output_tokens": generated,
+            }
+            self._telemetry.end_request(trace, time.monotonic(), attributes)
+
+    async def tokenize(self, request: pb.TokenizeRequest | Malformed, context: Context) -> pb.TokenizeResponse:
+        try:
+            message = _well_formed(request)
+            model = self._model.limits()
+            refuse_unknown_fields(message)
+            check_model(message.model, model)
+            if message.HasField("text") == bool(message.messages):
+                raise InvalidInput("prompt", "set exactly one of text and messages")
+            if message.messages:
+                ids = await self._model.text.encode_chat(check_messages(message.messages, model))
+            else:
+                ids = await self._model.text.encode(message.text)
+            return pb.TokenizeResponse(token_ids=ids, context_length=model.context_length)
+        except SplitfireError as exc:
+            await abort(context, exc, "")
+        except (asyncio.CancelledError, grpc.RpcError):
+            raise
+        except Exception as exc:
+            await abort(context, unexpected(exc), "")
+
+    async def list_models(self, request: pb.ListModelsRequest | Malformed, context: Context) -> pb.ListModelsResponse:
+        model, fingerprint = self._model.limits(), self._fleet.fingerprint
+        described = pb.Model(
+            id=model.name, context_length=model.context_length, vocab_size=model.vocab_size, has_chat_template=model.has_chat_template,
+            fingerprint=fingerprint.digest.hex() if fingerprint is not None else "",
+        )  # fmt: skip
+        return pb.ListModelsResponse(models=[described])
+
+    async def get_fleet(self, request: pb.GetFleetRequest | Malformed, context: Context) -> pb.GetFleetResponse:
+        response = self._fleet.describe()
+        response.worker_ports.extend(self._worker_ports)
+        response.queued_requests = self._flow.admission.num_queued
+        response.running_requests = self._flow.admission.num_running
+        return response
+
+    # -- one request
+
+    def _claim(self, request_id: str) -> None:
+        if self.is_draining:
+            raise Unavailable("this router is shutting down; use another one", reason="draining")
+        if request_id in self._active:
+            raise AlreadyExists(
+                f"request_id: {request_id} is active; draw a new one", reason="duplicate_request_id", field="request_id"
+            )
+        self._active.add(request_id)
+
+    async def _accept(
+        self, valid: ValidRequest, request_id: str, trace: RequestTrace, accepted_at: float, context: Context
+    ) -> RequestPlan:
+        """Text becomes ids, defaults become numbers; from here only ids travel."""
+        model = self._model.limits()
+        deadline = accepted_at + _time_limit(context)
+        if valid.token_ids is not None:
+            prompt = valid.token_ids
+        elif valid.messages is not None:
+            prompt = tuple(await self._model.text.encode_chat(valid.messages))
+        else:
+            prompt = tuple(await self._model.text.encode(valid.text or ""))
+        sampling = valid.sampling
+        if not valid.has_seed:
+            sampling = replace(sampling, seed=secrets.randbelow(limits.MAX_SEED))
+        return RequestPlan(
+            request_id=request_id,
+            prompt=prompt,
+            sampling=sampling,
+            stopping=resolve_stopping(valid.stopping, len(prompt), model),
+            priority=valid.priority,
+            session_id=valid.session_id,
+            traceparent=trace.traceparent,
+            accepted_at=accepted_at,
+            deadline=deadline,
+        )
+
+    async def _stream(
+        self, plan: RequestPlan, valid: ValidRequest, choices: list[Choice], trace: RequestTrace, queued_at: float, context: Context
+    ) -> None:
+        """Runs every choice and sends what they produce; ends with the summary."""
+        changed = asyncio.Event()
+        choices.extend(Choice(plan, index, changed) for index in range(valid.n))
+        streams = [_ChoiceStream(c, TextStream(self._model.tokenizer, valid.stopping.stop_strings)) for c in choices]
+        tasks = [asyncio.create_task(self._flow.run(c), name=f"flow-{plan.request_id}-{c.index}") for c in choices]
+        for task in tasks:
+            task.add_done_callback(lambda _task: changed.set())
+        try:
+            while True:
+                changed.clear()
+                over = [t for t in tasks if t.done()]
+                for stream in streams:
+                    response = stream.take()
+                    if response is not None:
+                        await self._write(context, response)
+                for task in over:
+                    task.result()  # the first error ends the request
+                if all(s.is_finished for s in streams) and len(over) == len(tasks):
+                    break
+                await changed.wait()
+            ended_at = time.monotonic()
+            self._telemetry.record("stream", plan.traceparent, choices[0].timeline.first_token_at or queued_at, ended_at)
+            await self._write(
+                context, pb.GenerateResponse(summary=self._summary(plan, choices, streams, trace, queued_at, ended_at))
+            )
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _write(self, context: Context, response: pb.GenerateResponse) -> None:
+        try:
+            await asyncio.wait_for(context.write(response), limits.SLOW_CLIENT_S)
+        except TimeoutError as exc:
+            raise Exhausted(f"the client read nothing for {limits.SLOW_CLIENT_S:g} s", reason="slow_consumer") from exc
+
+    def _summary(
+        self,
+        plan: RequestPlan,
+        choices: list[Choice],
+        streams: list[_ChoiceStream],
+        trace: RequestTrace,
+        queued_at: float,
+        ended_at: float,
+    ) -> pb.Summary:
+        timeline = choices[0].timeline
+        return pb.Summary(
+            request_id=plan.request_id,
+            model=self._model.limits().name,
+            seed=plan.sampling.seed,
+            usage=pb.Usage(
+                prompt_tokens=len(plan.prompt),
+                cached_prompt_tokens=min(timeline.cached_tokens, len(plan.prompt)),
+                generated_tokens=sum(s.num_sent for s in streams),
+            ),
+            phases=phases_of(choices[0], queued_at, ended_at),
+            kv_transfer=timeline.kv_transfer,
+            trace_id=trace.trace_id,
+        )
+
+
+class _ChoiceStream:
+    """What of one choice has been sent. Ids become text here, when the client's turn comes."""
+
+    def __init__(self, choice: Choice, text: TextStream) -> None:
+        self.choice = choice
+        self.num_sent = 0
+        self.is_finished = False
+        self._text = text
+
+    def take(self) -> pb.GenerateResponse | None:
+        """Everything new as one message; None when there is nothing."""
+        choice = self.choice
+        if self.is_finished:
+            return None
+        fresh = choice.ids[self.num_sent :]
+        response = pb.GenerateResponse(choice=choice.index, offset=self.num_sent)
+        for token_id in fresh:
+            response.text += self._text.push(token_id)
+            response.token_ids.append(token_id)
+            if self._text.is_stopped:
+                choice.stop()
+                break
+        response.logprobs.extend(choice.logprobs[self.num_sent : self.num_sent + len(response.token_ids)])
+        self.num_sent += len(response.token_ids)
+        if choice.finish_reason != pb.FINISH_REASON_UNSPECIFIED and (self._text.is_stopped or self.num_sent == len(choice.ids)):
+            response.text += self._text.flush()
+            response.finish_reason = choice.finish_reason
+            self.is_finished = True
+        return response if response.token_ids or self.is_finished else None
+
+
+def _parser(kind: type[Request]) -> Callable[[bytes], Request | Malformed]:
+    def parse(data: bytes) -> Request | Malformed:
+        try:
+            return kind.FromString(data)
+        except (DecodeError, RecursionError):
+            return Malformed()
+
+    return parse
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _well_formed(request: Request | Malformed) -> Request:
+    if isinstance(request, Malformed):
+        raise InvalidInput(
+            "request", "is not a valid message: wrong wire types, or text that is not UTF-8", reason="invalid_message"
+        )
+    return request
+
+
+def _traceparent(context: Context) -> str:
+    values = [value for key, value in context.invocation_metadata() or () if key == "traceparent"]
+    return str(values[0]) if len(values) == 1 else ""
+
+
+def _time_limit(context: Context) -> float:
+    """Seconds the request has: the client's deadline, within the server's own bounds."""
+    remaining = context.time_remaining()
+    if remaining is None:
+        return limits.DEFAULT_DEADLINE_S
+    if remaining <= 0:
+        raise DeadlineExceeded("the deadline had passed when the request arrived", reason="accept")
+    return min(remaining, limits.MAX_DEADLINE_S)
+
+
+def _partial(choices: list[Choice]) -> dict[str, str]:
+    """How much of an answer that failed was streamed before."""
+    generated = sum(len(choice.ids) for choice in choices)
+    return {"incomplete": "true", "generated_tokens": str(generated)} if generated else {}

@@ -1,0 +1,94 @@
+"""Which workers a request goes to. Pure: a snapshot of the fleet in, a placement or None out.
+
+Least loaded by the router's own counts (what it dispatched and has not seen end), so that reports that lag cannot make a
+herd; ties are broken at random, or a quiet system would send everything to one worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+Split = Literal["always", "auto", "never"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker as placement sees it."""
+
+    incarnation: bytes
+    is_prefill: bool
+    can_take: bool  # attached, not draining, not suspect
+    num_running: int  # attempts dispatched by this router that have not ended
+    queued_tokens: int  # prompt tokens dispatched whose first token has not come
+    max_running: int
+    chunk_tokens: int
+    free_blocks: int
+
+    @property
+    def has_prefill_room(self) -> bool:
+        """Its queue is at most one chunk: what is dispatched now starts with the next step."""
+        return self.can_take and self.queued_tokens < self.chunk_tokens and self.num_running < self.max_running
+
+    @property
+    def has_decode_room(self) -> bool:
+        return self.can_take and self.num_running < self.max_running
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request needs. `prefers` are workers that may hold its session's cache."""
+
+    num_tokens: int  # to compute
+    ends_with_first_token: bool
+    prefers: frozenset[bytes] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`prefill` alone: the first token is all there is. `decode` alone: the prompt is computed there."""
+
+    prefill: bytes | None
+    decode: bytes | None
+
+
+def missing_role(workers: Sequence[WorkerView], split: Split) -> str | None:
+    """The reason (`no_decode`, `no_prefill`) why no request can be placed however long it waits; None if one can."""
+    usable = [w for w in workers if w.can_take]
+    if not any(not w.is_prefill for w in usable):
+        return "no_decode"
+    if split == "always" and not any(w.is_prefill for w in usable):
+        return "no_prefill"
+    return None
+
+
+def place(workers: Sequence[WorkerView], demand: Demand, split: Split, random: Random) -> Placement | None:
+    """None: nobody has room now, wait."""
+    prefills = [w for w in workers if w.is_prefill]
+    decodes = [w for w in workers if not w.is_prefill]
+    if split == "never" or not any(w.can_take for w in prefills):
+        whole = _least_loaded([w for w in decodes if w.has_prefill_room], demand, random)
+        return Placement(None, whole.incarnation) if whole is not None else None
+    prefill = _least_loaded([w for w in prefills if w.has_prefill_room], demand, random)
+    if prefill is None:
+        return None
+    if demand.ends_with_first_token:
+        return Placement(prefill.incarnation, None)
+    decode = _least_loaded([w for w in decodes if w.has_decode_room], demand, random)
+    return Placement(prefill.incarnation, decode.incarnation) if decode is not None else None
+
+
+def _least_loaded(workers: Sequence[WorkerView], demand: Demand, random: Random) -> WorkerView | None:
+    """A worker the session prefers wins only among equals of at most one request more."""
+    if not workers:
+        return None
+    least = min(w.queued_tokens if w.is_prefill else w.num_running for w in workers)
+    slack = workers[0].chunk_tokens if workers[0].is_prefill else 1
+    preferred = [w for w in workers if w.incarnation in demand.prefers and _load(w) <= least + slack]
+    return random.choice(preferred or [w for w in workers if _load(w) == least])
+
+
+def _load(worker: WorkerView) -> int:
+    return worker.queued_tokens if worker.is_prefill else worker.num_running

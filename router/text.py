@@ -1,0 +1,208 @@
+"""Text at the router's edges: into token ids through a pool of killable processes, and back as the client reads.
+
+Tokenizing and templates run elsewhere (text_worker.py) because a prompt can make them arbitrarily slow; decoding ids is
+bounded work and happens here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import struct
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from tokenizers import Tokenizer
+
+from splitfire.core import limits
+from splitfire.core.errors import ConfigError, Exhausted, Internal, InvalidInput, ModelError
+from splitfire.core.model_dir import ModelDir
+from splitfire.core.validation import ChatTurn
+
+log = structlog.get_logger("router")
+NUM_PROCESSES = 2
+START_TIMEOUT_S = 30.0
+MAX_ANSWER_BYTES = 64 << 20
+
+
+class TextPool:
+    """Tokenizes with a time limit. A process that overruns it, or whose caller went away, is killed and replaced."""
+
+    def __init__(self, model: ModelDir) -> None:
+        self._model = model
+        self._idle: asyncio.Queue[_Process] = asyncio.Queue(maxsize=NUM_PROCESSES)
+        self._replacing: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """ModelError when the tokenizer or the chat template cannot be used."""
+        for process in await asyncio.gather(*(_Process.start(self._model) for _ in range(NUM_PROCESSES))):
+            self._idle.put_nowait(process)
+
+    async def close(self) -> None:
+        for task in self._replacing:
+            task.cancel()
+        await asyncio.gather(*self._replacing, return_exceptions=True)
+        while not self._idle.empty():
+            await self._idle.get_nowait().kill()
+
+    async def encode(self, text: str) -> list[int]:
+        return await self._ask({"text": text}, "text")
+
+    async def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        return await self._ask({"messages": turns}, "messages")
+
+    async def _ask(self, question: dict[str, Any], field: str) -> list[int]:
+        try:
+            process = await asyncio.wait_for(self._idle.get(), limits.TOKENIZE_TIMEOUT_S)
+        except TimeoutError as exc:
+            raise Exhausted("all tokenizer processes are busy", reason="queue_full", retry_after_s=1.0) from exc
+        is_sound = False
+        try:
+            answer = await asyncio.wait_for(process.ask(question), limits.TOKENIZE_TIMEOUT_S)
+            is_sound = True
+        except TimeoutError as exc:
+            message = f"could not be tokenized within {limits.TOKENIZE_TIMEOUT_S:g} s; shorten it"
+            raise InvalidInput(field, message, reason="tokenization_timeout") from exc
+        except (OSError, EOFError, ValueError) as exc:
+            raise InvalidInput(field, "cannot be tokenized", reason="tokenization_failed") from exc
+        finally:
+            if is_sound:
+                self._idle.put_nowait(process)
+            else:  # also when cancelled half way: the answer to come belongs to nobody
+                self._replace(process)
+        if "bad" in answer:
+            raise InvalidInput(field, str(answer["bad"]))
+        if "failed" in answer:
+            raise Internal(f"tokenizer failed: {answer['failed']}")
+        return list(answer["ids"])
+
+    def _replace(self, process: _Process) -> None:
+        async def replace() -> None:
+            await process.kill()
+            try:
+                self._idle.put_nowait(await _Process.start(self._model))
+            except ConfigError:
+                log.exception("tokenizer process does not start")
+
+        task = asyncio.create_task(replace(), name="replace-text-process")
+        self._replacing.add(task)
+        task.add_done_callback(self._replacing.discard)
+
+
+class _Process:
+    """One text_worker; one question at a time."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @staticmethod
+    async def start(model: ModelDir) -> _Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "router.text_worker", str(model.path), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+        worker = _Process(process)
+        try:
+            answer = await asyncio.wait_for(worker._read(), START_TIMEOUT_S)
+        except (TimeoutError, EOFError) as exc:
+            await worker.kill()
+            raise ModelError("tokenizer.json or chat_template: loading it does not end, or needs too much memory") from exc
+        if "refused" in answer:
+            await worker.kill()
+            raise ModelError(str(answer["refused"]))
+        return worker
+
+    async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        stdin = self._process.stdin
+        assert stdin is not None
+        body = json.dumps(question).encode()
+        stdin.write(struct.pack("<I", len(body)) + body)
+        await stdin.drain()
+        return await self._read()
+
+    async def kill(self) -> None:
+        if self._process.returncode is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        await self._process.wait()
+
+    async def _read(self) -> dict[str, Any]:
+        stdout = self._process.stdout
+        assert stdout is not None
+        (length,) = struct.unpack("<I", await stdout.readexactly(4))
+        if length > MAX_ANSWER_BYTES:
+            raise ValueError(f"answer of {length} bytes")
+        return json.loads(await stdout.readexactly(length))  # type: ignore[no-any-return]
+
+
+class TextStream:
+    """Token ids of one choice to text, whole characters only, ending before the first stop string.
+
+    `push` returns the text that is certain now; a tail that may be the beginning of a character or of a stop string
+    waits. After a stop string matched, `is_stopped` and nothing more comes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._ids: list[int] = []
+        self._num_settled = 0  # ids before these are decoded only as context
+        self._settled = ""  # text of the context
+        self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self.is_stopped = False
+
+    def push(self, token_id: int) -> str:
+        if self.is_stopped:
+            return ""
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd"):  # an unfinished character
+            return ""
+        return self._match(self._settle(text))
+
+    def flush(self) -> str:
+        """The end: what was held back comes out, an unfinished character as U+FFFD."""
+        if self.is_stopped:
+            return ""
+        text = self._match(self._settle(self._decode(self._ids)))
+        rest, self._held = self._held, ""
+        return text if self.is_stopped else text + rest
+
+    def _settle(self, text: str) -> str:
+        """What `text` adds; keeps only the last ids, enough for tokenizers that look at their neighbour."""
+        new = text[len(self._settled) :]
+        if new:
+            self._ids = self._ids[self._num_settled :]
+            self._num_settled = len(self._ids)
+            self._settled = self._decode(self._ids)
+        return new
+
+    def _match(self, text: str) -> str:
+        if not self._stops:
+            return text
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.is_stopped = True
+            return self._held[: min(found)]
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return certain
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

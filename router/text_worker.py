@@ -1,0 +1,191 @@
+"""A process of the router's text pool: tokenizes, renders chat templates. Killed when it takes too long.
+
+Started as `python -m router.text_worker MODEL_DIR`; speaks length-prefixed JSON on stdin and stdout, one answer a
+question. Whatever a prompt or a template does, it does here: memory is limited, time is the parent's to limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jinja2
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from splitfire.core.errors import ModelError
+from splitfire.core.limits import MAX_RENDERED_CHARS
+from splitfire.core.model_dir import ModelDir
+
+MAX_MEMORY_BYTES = 4 << 30
+SELF_TEST = ("Hello, world!", "def f(x):\n\treturn x  # é 漢字 🙂", " \n\n\t ", "a" * 1000)
+PROBE_CHAT = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Bye"})
+
+
+class BadInput(Exception):
+    """The caller's text or messages cannot be used; the message says why."""
+
+
+class TextEngine:
+    """Tokenizer and template of one model."""
+
+    def __init__(self, model: ModelDir) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(model.tokenizer_path))
+        except BaseException as exc:  # the tokenizers library panics with a BaseException of its own
+            raise ModelError(f"tokenizer.json: {str(exc).splitlines()[0][:200]}") from exc
+        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= model.config.vocab_size:
+            raise ModelError(f"tokenizer.json: has token id {largest}, config.json: vocab_size is {model.config.vocab_size}")
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._specials = sorted(
+            (t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special), key=len, reverse=True
+        )
+        self._template = _compile(model.chat_template) if model.chat_template is not None else None
+        self._template_tokens = dict(model.template_tokens)
+        self._self_test()
+
+    def encode(self, text: str) -> list[int]:
+        """A prompt as it stands: text that looks like a special token is plain text (B09)."""
+        return self._encode_plain(text, add_special_tokens=True)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Messages through the model's template. Special tokens count in the template, never in what people wrote."""
+        guarded, originals = self._guard(messages)
+        rendered = self._render(guarded)
+        ids: list[int] = []
+        for piece, is_original in _split(rendered, originals):
+            if is_original:
+                ids += self._encode_plain(piece, add_special_tokens=False)
+            elif piece:
+                self._tokenizer.encode_special_tokens = False
+                ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def _encode_plain(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        self._tokenizer.encode_special_tokens = True
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def _guard(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """Replaces special-token text inside contents by marks that no template touches; marks -> text."""
+        originals: dict[str, str] = {}
+        nonce = os.urandom(8).hex()
+        guarded = []
+        for message in messages:
+            content = message["content"]
+            for special in self._specials:
+                if special in content:
+                    mark = f"\ue000{nonce}{len(originals)}\ue001"
+                    originals[mark] = special
+                    content = content.replace(special, mark)
+            guarded.append({**message, "content": content})
+        return guarded, originals
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        if self._template is None:
+            raise BadInput("the model has no chat template")
+        parts: list[str] = []
+        length = 0
+        try:
+            for part in self._template.generate(messages=messages, add_generation_prompt=True, **self._template_tokens):
+                length += len(part)
+                if length > MAX_RENDERED_CHARS:
+                    raise BadInput(f"the rendered conversation is longer than {MAX_RENDERED_CHARS} characters")
+                parts.append(part)
+        except jinja2.TemplateError as exc:
+            raise BadInput(f"the model's chat template refuses it: {str(exc)[:200]}") from exc
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError, MemoryError, OverflowError) as exc:
+            raise BadInput(f"the model's chat template fails on it: {type(exc).__name__}") from exc
+        return "".join(parts)
+
+    def _self_test(self) -> None:
+        for text in SELF_TEST:
+            self.encode(text)
+        if self._template is None:
+            return
+        try:
+            self._render([dict(m) for m in PROBE_CHAT])
+        except BadInput as exc:
+            raise ModelError(f"chat_template: {exc}") from exc
+
+
+def _compile(source: str) -> jinja2.Template:
+    """In the sandbox of Hugging Face's own settings: no attributes that begin with an underscore, nothing mutable."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as exc:
+        raise ModelError(f"chat_template: {exc}") from exc
+
+
+def _split(text: str, originals: dict[str, str]) -> list[tuple[str, bool]]:
+    """Template text and what stood for marks, in order."""
+    pieces = [(text, False)]
+    for mark, original in originals.items():
+        following: list[tuple[str, bool]] = []
+        for piece, is_original in pieces:
+            if is_original:
+                following.append((piece, True))
+                continue
+            for i, part in enumerate(piece.split(mark)):
+                if i:
+                    following.append((original, True))
+                following.append((part, False))
+        pieces = following
+    return pieces
+
+
+def read_message(stream: BinaryIO) -> dict[str, Any] | None:
+    prefix = stream.read(4)
+    if len(prefix) < 4:
+        return None
+    return json.loads(stream.read(struct.unpack("<I", prefix)[0]))  # type: ignore[no-any-return]
+
+
+def write_message(stream: BinaryIO, message: dict[str, Any]) -> None:
+    body = json.dumps(message).encode()
+    stream.write(struct.pack("<I", len(body)) + body)
+    stream.flush()
+
+
+def _answer(engine: TextEngine, question: dict[str, Any]) -> dict[str, Any]:
+    try:
+        if "text" in question:
+            return {"ids": engine.encode(question["text"])}
+        return {"ids": engine.encode_chat(question["messages"])}
+    except BadInput as exc:
+        return {"bad": str(exc)}
+    except BaseException as exc:
+        return {"failed": type(exc).__name__}
+
+
+def main() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        engine = TextEngine(ModelDir(Path(sys.argv[1])))
+    except (ModelError, MemoryError, RecursionError) as exc:
+        write_message(stdout, {"refused": str(exc) or type(exc).__name__})
+        return
+    write_message(stdout, {"ready": True})
+    while (question := read_message(stdin)) is not None:
+        write_message(stdout, _answer(engine, question))
+
+
+if __name__ == "__main__":
+    main()

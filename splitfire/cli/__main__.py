@@ -1,0 +1,285 @@
+"""`splitfire`: up, generate, chat, fleet, demo; router, prefill and decode start one service each."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from splitfire.cli.client import Client, ServerError
+from splitfire.cli.render import fleet_table, pair_line, print_waterfall
+from splitfire.cli.supervisor import Fleet, FleetPlan, default_cpus, free_port
+from splitfire.core.errors import ConfigError
+from splitfire.core.settings import exit_with, parse_cpus
+from splitfire.v1 import inference_pb2 as pb
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Disaggregated LLM inference: prefill here, decode there.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+SERVER = Annotated[str, typer.Option(envvar="SPLITFIRE_SERVER", help="host:port of a router")]
+TIMEOUT = Annotated[float, typer.Option(envvar="SPLITFIRE_TIMEOUT", min=0.1, max=3600, help="seconds an answer may take")]
+DEFAULT_SERVER = "127.0.0.1:7070"
+DEMO_PROMPT = "def fibonacci(n):\n"
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command()
+def up(
+    model: Annotated[str, typer.Argument(envvar="SPLITFIRE_MODEL", help="pico, a model directory, or a hub id")] = "pico",
+    prefill: Annotated[int, typer.Option(envvar="SPLITFIRE_PREFILL", min=0, max=64, help="prefill workers")] = 1,
+    decode: Annotated[int, typer.Option(envvar="SPLITFIRE_DECODE", min=1, max=64, help="decode workers")] = 1,
+    aggregated: Annotated[bool, typer.Option("--aggregated", envvar="SPLITFIRE_AGGREGATED", help="no prefill workers")] = False,
+    port: Annotated[int, typer.Option(envvar="SPLITFIRE_PORT", min=0, max=65535, help="for clients; 0 draws one")] = 7070,
+    device: Annotated[Optional[str], typer.Option(envvar="SPLITFIRE_DEVICE", help="cpu or cuda")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(envvar="SPLITFIRE_DTYPE", help="auto, bf16, fp16 or fp32")] = None,  # noqa: UP045
+    split: Annotated[Optional[str], typer.Option(envvar="SPLITFIRE_SPLIT", help="always, auto or never")] = None,  # noqa: UP045
+    prefill_cpus: Annotated[str, typer.Option(envvar="SPLITFIRE_PREFILL_CPUS", help="processors, such as 0 or 0-3")] = "",
+    decode_cpus: Annotated[str, typer.Option(envvar="SPLITFIRE_DECODE_CPUS", help="processors, such as 1 or 4-7")] = "",
+    kv_memory: Annotated[Optional[str], typer.Option(envvar="SPLITFIRE_KV_MEMORY", help="of each worker, such as 1GiB")] = None,  # noqa: UP045
+    block_size: Annotated[Optional[int], typer.Option(envvar="SPLITFIRE_BLOCK_SIZE", help="tokens a KV block")] = None,  # noqa: UP045
+    chunk_tokens: Annotated[Optional[int], typer.Option(envvar="SPLITFIRE_CHUNK_TOKENS", help="tokens a step")] = None,  # noqa: UP045
+    max_context: Annotated[Optional[int], typer.Option(envvar="SPLITFIRE_MAX_CONTEXT", help="tokens a sequence")] = None,  # noqa: UP045
+    trace_file: Annotated[Optional[Path], typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,  # noqa: UP045
+) -> None:
+    """Starts a fleet on this machine and keeps it up until Ctrl-C."""
+    flags = {
+        "--device": device,
+        "--dtype": dtype,
+        "--kv-memory": kv_memory,
+        "--block-size": block_size,
+        "--chunk-tokens": chunk_tokens,
+    }
+    shared = {"--max-context": max_context, "--trace-file": trace_file.absolute() if trace_file else None}
+    fleet_plan = make_plan(
+        model, 0 if aggregated else prefill, decode, port, prefill_cpus, decode_cpus,
+        router_flags=given({"--split": split}), worker_flags=given(flags), shared_flags=given(shared),
+    )  # fmt: skip
+    with running(fleet_plan) as fleet:
+        out.print(
+            f"\nTry it:  [bold]splitfire generate 'def fibonacci(n):' --server {fleet.address}[/]\n(logs: {fleet.directory}; Ctrl-C ends it)"
+        )
+        while True:
+            time.sleep(0.2)
+            fleet.watch()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="the text to continue; - reads standard input")],
+    server: SERVER = DEFAULT_SERVER,
+    max_tokens: Annotated[int, typer.Option(min=1, help="at most this many tokens")] = 128,
+    temperature: Annotated[Optional[float], typer.Option(help="0 is greedy; default: the model's")] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option(help="nucleus")] = None,  # noqa: UP045
+    top_k: Annotated[Optional[int], typer.Option(help="most likely k")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="the same seed gives the same tokens")] = None,  # noqa: UP045
+    stop: Annotated[Optional[list[str]], typer.Option(help="end before this text; may be given several times")] = None,  # noqa: UP045
+    trace: Annotated[bool, typer.Option("--trace", help="show where the time went")] = False,
+    timeout: TIMEOUT = 600.0,
+) -> None:
+    """Streams the continuation of a text."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    request = pb.GenerateRequest(
+        text=text,
+        sampling=pb.SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        stopping=pb.StoppingParams(max_tokens=max_tokens, stop=stop or []),
+    )
+    with Client(server) as client:
+        summary = stream_answer(client, request, timeout)
+    if trace and summary is not None:
+        err.print()
+        print_waterfall(err, summary)
+
+
+@app.command()
+def chat(server: SERVER = DEFAULT_SERVER, max_tokens: Annotated[int, typer.Option(min=1)] = 256, timeout: TIMEOUT = 600.0) -> None:
+    """A conversation; an empty line or Ctrl-D ends it."""
+    with Client(server) as client:
+        out.print(f"[dim]{client.model().id} on {server}; an empty line ends[/]")
+        messages: list[pb.ChatMessage] = []
+        session = f"chat-{os.getpid()}"
+        while line := _ask():
+            messages.append(pb.ChatMessage(role="user", content=line))
+            request = pb.GenerateRequest(messages=messages, stopping=pb.StoppingParams(max_tokens=max_tokens), session_id=session)
+            answer: list[str] = []
+            stream_answer(client, request, timeout, answer)
+            messages.append(pb.ChatMessage(role="assistant", content="".join(answer)))
+
+
+@app.command()
+def fleet(server: SERVER = DEFAULT_SERVER) -> None:
+    """Who is there, and how busy."""
+    with Client(server) as client:
+        status = client.fleet()
+    out.print(fleet_table(status))
+    for pair in status.pairs:
+        out.print(pair_line(pair))
+    out.print(
+        f"{status.running_requests} requests running, {status.queued_requests} waiting; workers attach to {', '.join(status.worker_ports)}"
+    )
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Argument(envvar="SPLITFIRE_DEMO_PROMPT")] = DEMO_PROMPT,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 96,
+    trace_file: Annotated[Optional[Path], typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,  # noqa: UP045
+) -> None:
+    """The main job once: router, prefill and decode, one answer, where its time went; nothing is left running."""
+    began = time.monotonic()
+    shared = given({"--trace-file": trace_file.absolute() if trace_file else None})
+    plan = make_plan("pico", 1, 1, free_port(), "", "", router_flags=("--split=always",), worker_flags=(), shared_flags=shared)
+    with running(plan) as fleet, Client(fleet.address) as client:
+        out.print(f"\n[bold]{prompt.rstrip()}[/]")
+        request = pb.GenerateRequest(
+            text=prompt,
+            sampling=pb.SamplingParams(temperature=0.0),
+            stopping=pb.StoppingParams(max_tokens=max_tokens, ignore_eos=True),
+        )
+        summary = stream_answer(client, request, 60.0)
+        out.print()
+        if summary is not None:
+            print_waterfall(out, summary)
+            if not summary.kv_transfer.bytes:
+                raise ConfigError("no KV moved between prefill and decode: this is a bug")
+        out.print(f"\n{time.monotonic() - began:.1f} s from start to last token. Now: [bold].venv/bin/splitfire up pico[/]")
+
+
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def router(context: typer.Context) -> None:
+    """One router process; --help lists its flags."""
+    _become("router", context.args)
+
+
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def prefill(context: typer.Context) -> None:
+    """One prefill worker; --help lists its flags."""
+    _become("splitfire.worker", ["--role=prefill", *context.args])
+
+
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def decode(context: typer.Context) -> None:
+    """One decode worker; --help lists its flags."""
+    _become("splitfire.worker", ["--role=decode", *context.args])
+
+
+def make_plan(
+    model: str, num_prefill: int, num_decode: int, port: int, prefill_cpus: str, decode_cpus: str,
+    *, router_flags: tuple[str, ...], worker_flags: tuple[str, ...], shared_flags: tuple[str, ...],
+) -> FleetPlan:  # fmt: skip
+    try:
+        cpus = parse_cpus(prefill_cpus), parse_cpus(decode_cpus)
+    except ValueError as exc:
+        raise ConfigError(f"--prefill-cpus, --decode-cpus: {exc}") from exc
+    if not any(cpus):
+        cpus = default_cpus(num_prefill, num_decode)
+    return FleetPlan(model, num_prefill, num_decode, *cpus, port or free_port(), router_flags, worker_flags, shared_flags)
+
+
+def given(flags: dict[str, object | None]) -> tuple[str, ...]:
+    """The flags that have a value, as a child process takes them."""
+    return tuple(f"{name}={value}" for name, value in flags.items() if value is not None)
+
+
+@contextmanager
+def running(plan: FleetPlan) -> Iterator[Fleet]:
+    """A fleet that is ready; whatever happens inside, nothing of it is left afterwards."""
+    fleet = Fleet(plan, lambda line: err.print(f"[yellow]{line}[/]"))
+
+    def ended(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, ended)
+    try:
+        fleet.start()
+        with err.status(f"starting {plan.num_prefill} prefill and {plan.num_decode} decode workers with {plan.model}"):
+            status = fleet.wait_ready()
+        print_ready(fleet, status)
+        yield fleet
+    except KeyboardInterrupt:
+        err.print("ending the fleet")
+    finally:
+        _stop(fleet)
+
+
+def print_ready(fleet: Fleet, status: pb.GetFleetResponse) -> None:
+    out.print(f"router     ready  {fleet.address}")
+    pairs: dict[str, list[pb.Pair]] = {}
+    for pair in status.pairs:
+        pairs.setdefault(pair.decode_worker_id, []).append(pair)
+    for worker in sorted(status.workers, key=lambda w: (w.role, w.worker_id)):
+        line = f"{worker.worker_id:<10} ready  {worker.total_blocks} KV blocks of {worker.block_size} tokens, {worker.kv_dtype}"
+        for pair in pairs.get(worker.worker_id, ()):
+            line += f"; from {pair.prefill_worker_id}: {pair.transport} over {pair.path}, {pair.bytes_per_s / 1e9:.1f} GB/s"
+        out.print(line)
+
+
+def stream_answer(
+    client: Client, request: pb.GenerateRequest, timeout_s: float, answer: list[str] | None = None
+) -> pb.Summary | None:
+    """Prints the text as it comes; the summary at the end."""
+    summary = None
+    for response in client.generate(request, timeout_s):
+        if response.text:
+            sys.stdout.write(response.text)
+            sys.stdout.flush()
+            if answer is not None:
+                answer.append(response.text)
+        if response.HasField("summary"):
+            summary = response.summary
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return summary
+
+
+def _ask() -> str:
+    try:
+        return out.input("[bold]> [/]").strip()
+    except EOFError:
+        return ""
+
+
+def _stop(fleet: Fleet) -> None:
+    """A second Ctrl-C does not wait for anything."""
+    try:
+        fleet.stop()
+    except KeyboardInterrupt:
+        fleet.stop(now=True)
+
+
+def _become(module: str, arguments: list[str]) -> None:
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=False)
+    except ConfigError as exc:
+        sys.exit(exit_with(exc))
+    except ServerError as exc:
+        err.print(f"splitfire: {exc}", markup=False)
+        sys.exit(1)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except typer.Exit as exc:
+        sys.exit(exc.exit_code)
+    except typer._click.exceptions.ClickException as exc:  # type: ignore[attr-defined]
+        exc.show()
+        sys.exit(exc.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What the command line shows: the waterfall of one answer, the fleet, sizes and times for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from splitfire.v1 import inference_pb2 as pb
+
+BAR_WIDTH = 44
+
+
+def print_waterfall(console: Console, summary: pb.Summary) -> None:
+    """One line a phase: where it ran, how long it took, and when, drawn to scale."""
+    end = max((p.start_s + p.duration_s for p in summary.phases), default=0.0) or 1e-9
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("phase", "where", "ms"):
+        table.add_column(title, justify="right" if title == "ms" else "left", no_wrap=True)
+    table.add_column(f"0 {'─' * (BAR_WIDTH - 12)} {end * 1e3:.0f} ms", no_wrap=True)
+    for phase in summary.phases:
+        begin = int(phase.start_s / end * BAR_WIDTH)
+        length = max(1, round(phase.duration_s / end * BAR_WIDTH))
+        table.add_row(phase.name, phase.worker, f"{phase.duration_s * 1e3:.1f}", " " * begin + "█" * min(length, BAR_WIDTH - begin))
+    console.print(table)
+    usage = summary.usage
+    line = f"{usage.prompt_tokens} prompt tokens ({usage.cached_prompt_tokens} cached), {usage.generated_tokens} generated, seed {summary.seed}"
+    if summary.HasField("kv_transfer"):
+        moved = summary.kv_transfer
+        line += (
+            f"; KV: {moved.bytes / 1e6:.2f} MB in {moved.blocks} blocks over {moved.transport} in {moved.duration_s * 1e3:.1f} ms"
+        )
+    console.print(line, style="dim", highlight=False)
+
+
+def fleet_table(fleet: pb.GetFleetResponse) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("worker", "role", "KV", "blocks free", "running", "queued tokens", "prefill tok/s", "decode tok/s", "memory"):
+        table.add_column(title, justify="left" if title in ("worker", "role", "KV") else "right", no_wrap=True)
+    for worker in fleet.workers:
+        role = pb.Role.Name(worker.role).removeprefix("ROLE_").lower() + (" (draining)" if worker.is_draining else "")
+        table.add_row(
+            worker.worker_id, role, f"{worker.kv_dtype}, {worker.block_size} tokens a block", f"{worker.free_blocks} of {worker.total_blocks}",
+            str(worker.running_sequences), str(worker.queued_tokens), rate(worker.prefill_tokens_per_s), rate(worker.decode_tokens_per_s),
+            f"{worker.resident_bytes / 1e6:.0f} MB",
+        )  # fmt: skip
+    return table
+
+
+def pair_line(pair: pb.Pair) -> str:
+    return (
+        f"{pair.prefill_worker_id} → {pair.decode_worker_id}: {pair.transport} over {pair.path}, "
+        f"{pair.bytes_per_s / 1e9:.1f} GB/s, round trip {pair.round_trip_s * 1e6:.0f} µs"
+    )
+
+
+def rate(value: float) -> str:
+    return f"{value:.0f}" if value else "-"

@@ -1,0 +1,189 @@
+"""A fleet on this machine: router and workers as child processes, started, watched, restarted, and ended together.
+
+A child that stops before the fleet is ready, or with exit code 2 (a wrong setting), ends the fleet with its own one line;
+one that dies later is started again, ever more slowly. Children notice when their supervisor is gone and end too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from splitfire.cli.client import Client, ServerError
+from splitfire.core.errors import ConfigError
+from splitfire.core.settings import PARENT_VARIABLE
+from splitfire.v1 import inference_pb2 as pb
+
+READY_TIMEOUT_S = 600.0  # a large checkpoint takes its time
+PAIR_TIMEOUT_S = 10.0
+POLL_S = 0.05
+FIRST_RESTART_S, MAX_RESTART_S = 1.0, 30.0
+STOP_TIMEOUT_S = 70.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPlan:
+    """What to start. `flags` go to every child, as they are."""
+
+    model: str
+    num_prefill: int
+    num_decode: int
+    prefill_cpus: tuple[int, ...]
+    decode_cpus: tuple[int, ...]
+    port: int
+    router_flags: tuple[str, ...] = ()
+    worker_flags: tuple[str, ...] = ()
+    shared_flags: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Child:
+    """One process and what it takes to start it again."""
+
+    name: str
+    command: list[str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    restart_at: float | None = None
+    delay_s: float = FIRST_RESTART_S
+
+    def last_line(self) -> str:
+        """The last thing it said, for a person."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        for line in reversed(lines):
+            if line.startswith("splitfire: "):
+                return line.removeprefix("splitfire: ")
+        if not lines:
+            return "said nothing"
+        with contextlib.suppress(ValueError, AttributeError):
+            entry = json.loads(lines[-1])
+            return str(entry.get("detail") or entry.get("reason") or entry.get("event"))
+        return lines[-1]
+
+
+@dataclass
+class Fleet:
+    """The children of one `splitfire up`."""
+
+    plan: FleetPlan
+    say: Callable[[str], None]
+    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="splitfire-")))
+    children: list[Child] = field(default_factory=list)
+    is_ready: bool = False
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.plan.port}"
+
+    def start(self) -> None:
+        plan = self.plan
+        token_file = self.directory / "fleet-token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_hex(32))
+        worker_port = free_port()
+        shared = [f"--model={plan.model}", f"--fleet-token-file={token_file}", *plan.shared_flags]
+        self._add("router", ["-m", "router", *shared, f"--port={plan.port}", f"--worker-port={worker_port}", *plan.router_flags])
+        for role, count, cpus in (("prefill", plan.num_prefill, plan.prefill_cpus), ("decode", plan.num_decode, plan.decode_cpus)):
+            for index, mine in enumerate(share(cpus, count)):
+                flags = [f"--role={role}", f"--worker-id={role}-{index}", f"--router=127.0.0.1:{worker_port}", *plan.worker_flags]
+                if mine:
+                    flags.append(f"--cpus={','.join(map(str, mine))}")
+                self._add(f"{role}-{index}", ["-m", "splitfire.worker", *shared, *flags])
+
+    def wait_ready(self) -> pb.GetFleetResponse:
+        """Until every worker is attached and every pair measured. ConfigError when a child gives up."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        wanted = self.plan.num_prefill + self.plan.num_decode
+        pairs_deadline: float | None = None
+        with Client(self.address) as client:
+            while time.monotonic() < deadline:
+                for child in self.children:
+                    if child.process is not None and child.process.poll() is not None:
+                        raise ConfigError(f"{child.name}: {child.last_line()}")
+                with contextlib.suppress(ServerError):
+                    fleet = client.fleet()
+                    if len(fleet.workers) == wanted:
+                        pairs_deadline = pairs_deadline or time.monotonic() + PAIR_TIMEOUT_S
+                        if len(fleet.pairs) == self.plan.num_prefill * self.plan.num_decode or time.monotonic() > pairs_deadline:
+                            self.is_ready = True
+                            return fleet
+                time.sleep(POLL_S)
+        raise ConfigError(f"not ready after {READY_TIMEOUT_S:g} s; the logs are in {self.directory}")
+
+    def watch(self) -> None:
+        """One look at the children: who died is started again, unless it said that it never can work."""
+        now = time.monotonic()
+        for child in self.children:
+            if child.restart_at is not None:
+                if now >= child.restart_at:
+                    child.restart_at = None
+                    self._spawn(child)
+            elif child.process is not None and (code := child.process.poll()) is not None:
+                if code == 2:
+                    raise ConfigError(f"{child.name}: {child.last_line()}")
+                self.say(f"{child.name} ended with code {code} ({child.last_line()}); starting it again in {child.delay_s:g} s")
+                child.restart_at = now + child.delay_s
+                child.delay_s = min(child.delay_s * 2, MAX_RESTART_S)
+
+    def stop(self, *, now: bool = False) -> None:
+        """Asks every child to finish what it has (workers first), or ends them at once."""
+        living = [c.process for c in reversed(self.children) if c.process is not None and c.process.poll() is None]
+        for process in living:
+            process.send_signal(signal.SIGKILL if now else signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for process in living:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _add(self, name: str, arguments: Sequence[str]) -> None:
+        child = Child(name, [sys.executable, *arguments], self.directory / f"{name}.log")
+        child.log.touch()
+        self.children.append(child)
+        self._spawn(child)
+
+    def _spawn(self, child: Child) -> None:
+        environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        with child.log.open("ab") as log:
+            # A session of its own: Ctrl-C reaches the supervisor alone, which then ends the children in order.
+            child.process = subprocess.Popen(  # noqa: S603
+                child.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def share(cpus: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """`cpus` in `count` equal runs; everybody gets all of them when there are too few."""
+    if len(cpus) < count:
+        return [tuple(cpus)] * count
+    size = len(cpus) // count
+    return [tuple(cpus[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def default_cpus(num_prefill: int, num_decode: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The processors this process may use, divided between the roles by their number of workers."""
+    cpus = sorted(os.sched_getaffinity(0))
+    workers = num_prefill + num_decode
+    if len(cpus) < workers:
+        return (), ()
+    at = len(cpus) // workers * num_prefill
+    return tuple(cpus[:at]), tuple(cpus[at:])

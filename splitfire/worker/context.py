@@ -1,0 +1,55 @@
+"""What a role's service gets from the worker it runs in, and what it gives back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvtransfer.agent import TransferAgent
+from splitfire.core.layout import KvLayout
+from splitfire.core.telemetry import Telemetry
+from splitfire.engine.engine import SequenceUpdate
+from splitfire.engine.sequence import SeqId
+from splitfire.v1 import inference_pb2
+from splitfire.worker.host import EngineHost
+from splitfire.worker.job import Job, Replies
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """Everything is for the io thread."""
+
+    worker_id: str
+    host: EngineHost
+    agent: TransferAgent
+    layout: KvLayout
+    telemetry: Telemetry
+    clock: Callable[[], float] = time.monotonic
+
+    def phase(self, job: Job, name: str, began: float, ended: float) -> inference_pb2.Phase:
+        """A phase of `job`, its start counted from the moment the job came in."""
+        return inference_pb2.Phase(
+            name=name, start_s=began - job.received_at, duration_s=max(0.0, ended - began), worker=self.worker_id
+        )
+
+
+class RoleService(Protocol):
+    """One end of a hand-off. Jobs are known to it by their sequence ids until it calls their last reply."""
+
+    def submit(self, job: Job) -> None: ...
+
+    def owns(self, seq_id: SeqId) -> bool: ...
+
+    def on_started(self, seq_id: SeqId) -> None:
+        """The engine begins to compute the sequence."""
+
+    def on_update(self, update: SequenceUpdate) -> None:
+        """A step computed a piece of the sequence."""
+
+    def cancel(self, replies: Replies, attempt: int | None) -> None:
+        """Ends one attempt of a router, or (None) all of them. No reply is owed."""
+
+    @property
+    def num_jobs(self) -> int: ...

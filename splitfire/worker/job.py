@@ -1,0 +1,138 @@
+"""A job: one attempt of one request at this worker, as a router submitted it. Checked again here before it is taken."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvtransfer.agent import PeerAddress
+from splitfire.core.errors import ExceedsContext, ExceedsPool, InvalidInput, SplitfireError, Unsupported
+from splitfire.core.fingerprint import Fingerprint
+from splitfire.core.hashing import HASH_BYTES, BlockHash, chain_root
+from splitfire.core.layout import KvLayout
+from splitfire.core.validation import check_sampling, check_stopping, check_token_ids
+from splitfire.core.wire import sampling_from_wire, stopping_from_wire
+from splitfire.engine.kernels.sample import SampledToken
+from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
+from splitfire.v1 import fleet_pb2, inference_pb2
+
+_seq_ids = itertools.count()
+
+
+class Replies(Protocol):
+    """Where a job's results go: the stream of the router that submitted it."""
+
+    def output(self, output: fleet_pb2.SequenceOutput) -> None: ...
+
+    def finished(self, finished: fleet_pb2.Finished) -> None:
+        """The attempt's last word, if it did what it was asked for."""
+
+    def refused(self, refused: fleet_pb2.Refused) -> None:
+        """The attempt's last word, if it did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """The other end of a transfer and the secret both ends know."""
+
+    transfer_id: bytes
+    token: bytes
+    peer: PeerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One attempt. `received_at` is this process's monotonic clock; worker timings count from it."""
+
+    replies: Replies
+    attempt: int
+    part: int
+    spec: SequenceSpec
+    handoff: Handoff | None
+    traceparent: str
+    request_id: str
+    received_at: float
+
+    def refuse(self, error: SplitfireError, *, is_retryable: bool | None = None) -> None:
+        retry = error.is_retryable if is_retryable is None else is_retryable
+        self.replies.refused(refusal(self.attempt, error, is_retryable=retry))
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """What this worker can take."""
+
+    vocab_size: int
+    max_context: int
+    num_blocks: int
+    layout: KvLayout
+    fingerprint: Fingerprint
+
+
+def refusal(attempt: int, error: SplitfireError, *, is_retryable: bool) -> fleet_pb2.Refused:
+    return fleet_pb2.Refused(attempt=attempt, code=error.code, reason=error.reason, message=str(error), is_retryable=is_retryable)
+
+
+def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, received_at: float) -> Job:
+    """The job, or the error that refuses it. A router that was checked by the same validator never sees one."""
+    sampling, stopping = sampling_from_wire(submit.sampling), stopping_from_wire(submit.stopping)
+    check_sampling(sampling, limits.vocab_size)
+    check_stopping(stopping, limits.vocab_size)
+    prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
+    check_token_ids("prompt_token_ids", prompt, limits.vocab_size)
+    check_token_ids("output_token_ids", output, limits.vocab_size)
+    if not prompt:
+        raise InvalidInput("prompt", "must not be empty")
+    if len(prompt) + stopping.max_tokens > limits.max_context:
+        raise ExceedsContext(
+            "stopping.max_tokens", f"is {stopping.max_tokens} after {len(prompt)} tokens, limit {limits.max_context}"
+        )
+    if len(output) >= stopping.max_tokens:
+        raise InvalidInput("output_token_ids", f"has {len(output)} tokens, max_tokens is {stopping.max_tokens}")
+    if limits.layout.blocks_for(len(prompt) + stopping.max_tokens) > limits.num_blocks:
+        raise ExceedsPool("stopping.max_tokens", f"needs more than the {limits.num_blocks} blocks of this worker")
+    if submit.part not in fleet_pb2.Part.values()[1:]:
+        raise Unsupported("part", f"{submit.part} is not known to this version")
+    hashes = tuple(BlockHash(h) for h in submit.block_hashes)
+    if len(hashes) > (len(prompt) + len(output)) // limits.layout.block_size or any(len(h) != HASH_BYTES for h in hashes):
+        raise InvalidInput("block_hashes", f"{len(hashes)} of them do not fit {len(prompt) + len(output)} tokens")
+    spec = SequenceSpec(
+        seq_id=SeqId(next(_seq_ids)),
+        prompt=prompt,
+        output=output,
+        choice=submit.choice,
+        sampling=sampling,
+        stopping=stopping,
+        purpose=Purpose.PREFILL if submit.part == fleet_pb2.PART_PREFILL else Purpose.GENERATE,
+        hash_root=chain_root(submit.cache_salt, limits.fingerprint.digest, ""),
+        block_hashes=hashes,
+        priority=submit.priority,
+    )
+    handoff = _handoff(submit) if submit.HasField("handoff") else None
+    return Job(replies, submit.attempt, submit.part, spec, handoff, submit.traceparent, submit.request_id, received_at)
+
+
+def logprobs_to_wire(token: SampledToken) -> inference_pb2.TokenLogprobs | None:
+    """None when the request did not ask for them."""
+    if token.logprob is None:
+        return None
+    chosen = inference_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob)
+    return inference_pb2.TokenLogprobs(
+        chosen=chosen, top=[inference_pb2.TokenLogprob(token_id=t.token_id, logprob=t.logprob) for t in token.top]
+    )
+
+
+def peer_address(peer: fleet_pb2.Peer, transport: str) -> PeerAddress:
+    """Where to reach `peer` over the transport of that name."""
+    for candidate in peer.transports:
+        if candidate.name == transport:
+            return PeerAddress(peer.worker_id, peer.incarnation, candidate.address)
+    raise SplitfireError(f"{peer.worker_id} does not speak {transport}", reason="no_common_transport")
+
+
+def _handoff(submit: fleet_pb2.Submit) -> Handoff:
+    handoff = submit.handoff
+    if len(handoff.transfer_id) != 16 or len(handoff.token) != 16 or len(handoff.peer.incarnation) != 16:
+        raise SplitfireError("handoff: ids and tokens have 16 bytes", reason="invalid_handoff")
+    return Handoff(handoff.transfer_id, handoff.token, peer_address(handoff.peer, "ucx"))

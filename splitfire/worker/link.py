@@ -1,0 +1,173 @@
+"""One router, as a worker sees it: dial, say hello, keep two streams, dial again when they break. io thread.
+
+Attach carries work and tokens, Report carries load, so that bulk never delays a token. What could not be sent yet is
+merged per attempt, so the backlog of a slow router is bounded by the tokens of the attempts it submitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+import structlog
+
+from splitfire.core import limits
+from splitfire.core.errors import Mismatch
+from splitfire.v1 import fleet_pb2, fleet_pb2_grpc
+
+log = structlog.get_logger("worker")
+CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", int(limits.KEEPALIVE_TIME_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(limits.KEEPALIVE_TIMEOUT_S * 1000)),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", limits.MAX_FLEET_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", limits.MAX_FLEET_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+FIRST_RETRY_S, MAX_RETRY_S = 0.1, 2.0
+
+
+class WorkerSide(Protocol):
+    """What a link needs from its worker."""
+
+    def hello(self) -> fleet_pb2.Hello: ...
+
+    def on_frame(self, link: RouterLink, frame: fleet_pb2.AttachResponse) -> None: ...
+
+    def on_attached(self, link: RouterLink) -> None: ...
+
+    def on_lost(self, link: RouterLink) -> None:
+        """The stream broke: the attempts of this router are over."""
+
+    async def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
+        """Load and measured pairs, for as long as the stream is open."""
+        yield fleet_pb2.ReportRequest()
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOptions:
+    address: str
+    token: bytes | None = None
+
+
+class RouterLink:
+    """Implements `Replies` for the jobs of this router."""
+
+    def __init__(self, options: LinkOptions, worker: WorkerSide, on_refused: Callable[[Mismatch], None]) -> None:
+        self.options = options
+        self.is_attached = False
+        self._worker = worker
+        self._on_refused = on_refused
+        self._outputs: dict[int, fleet_pb2.SequenceOutput] = {}
+        self._ends: list[fleet_pb2.AttachRequest] = []
+        self._has_frames = asyncio.Event()
+
+    # -- Replies
+
+    def output(self, output: fleet_pb2.SequenceOutput) -> None:
+        unsent = self._outputs.get(output.attempt)
+        if unsent is None:
+            self._outputs[output.attempt] = output
+        else:  # token ids follow one another, so the frames merge; a repeated first token is not repeated twice
+            known = unsent.offset + len(unsent.token_ids) - output.offset
+            unsent.token_ids.extend(output.token_ids[known:])
+            unsent.logprobs.extend(output.logprobs[known:])
+            if output.HasField("timing"):
+                unsent.timing.MergeFrom(output.timing)
+        self._has_frames.set()
+
+    def finished(self, finished: fleet_pb2.Finished) -> None:
+        self._ends.append(fleet_pb2.AttachRequest(finished=finished))
+        self._has_frames.set()
+
+    def refused(self, refused: fleet_pb2.Refused) -> None:
+        self._ends.append(fleet_pb2.AttachRequest(refused=refused))
+        self._has_frames.set()
+
+    # -- life
+
+    async def run(self) -> None:
+        """Stays attached until cancelled. Retries with jitter; a mismatch is final."""
+        delay = FIRST_RETRY_S
+        while True:
+            try:
+                await self._attach_once()
+                delay = FIRST_RETRY_S
+            except grpc.aio.AioRpcError as exc:
+                if exc.code() in (
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    grpc.StatusCode.UNAUTHENTICATED,
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                ):
+                    self._on_refused(Mismatch(exc.details() or "refused", reason="refused"))
+                    return
+                log.debug("router not reached", router=self.options.address, code=exc.code().name)
+            except TimeoutError:
+                log.warning("router does not answer", router=self.options.address)
+            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+            delay = min(delay * 2, MAX_RETRY_S)
+
+    async def _attach_once(self) -> None:
+        metadata = (("authorization", f"Bearer {self.options.token.decode()}"),) if self.options.token else ()
+        async with grpc.aio.insecure_channel(self.options.address, options=CHANNEL_OPTIONS) as channel:
+            stub = fleet_pb2_grpc.FleetStub(channel)
+            call = stub.Attach(metadata=metadata)
+            try:
+                await call.write(fleet_pb2.AttachRequest(hello=self._worker.hello()))
+                frame = await asyncio.wait_for(call.read(), limits.HELLO_TIMEOUT_S)
+                if not isinstance(frame, fleet_pb2.AttachResponse) or not frame.HasField("welcome"):
+                    await call.code()  # raises what the router ended the stream with
+                    return
+                self.is_attached = True
+                self._worker.on_attached(self)
+                log.info("attached", router=self.options.address, router_id=frame.welcome.router_id)
+                await self._serve(stub, call, metadata)
+            finally:
+                call.cancel()
+                if self.is_attached:
+                    self.is_attached = False
+                    self._outputs.clear()
+                    self._ends.clear()
+                    self._worker.on_lost(self)
+                    log.info("detached", router=self.options.address)
+
+    async def _serve(
+        self, stub: fleet_pb2_grpc.FleetAsyncStub, call: grpc.aio.StreamStreamCall, metadata: tuple[tuple[str, str], ...]
+    ) -> None:
+        """Until the router ends the stream or it breaks."""
+        writer = asyncio.create_task(self._write(call), name=f"link-write-{self.options.address}")
+        reporter = asyncio.create_task(self._report(stub, metadata), name=f"link-report-{self.options.address}")
+        try:
+            while True:
+                frame = await call.read()
+                if not isinstance(frame, fleet_pb2.AttachResponse):
+                    return
+                self._worker.on_frame(self, frame)
+        finally:
+            for task in (writer, reporter):
+                task.cancel()
+            await asyncio.gather(writer, reporter, return_exceptions=True)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+        while True:
+            await self._has_frames.wait()
+            self._has_frames.clear()
+            outputs, self._outputs = self._outputs, {}
+            ends, self._ends = self._ends, []
+            if outputs:
+                await call.write(fleet_pb2.AttachRequest(step_output=fleet_pb2.StepOutput(sequences=outputs.values())))
+            for end in ends:
+                await call.write(end)
+
+    async def _report(self, stub: fleet_pb2_grpc.FleetAsyncStub, metadata: tuple[tuple[str, str], ...]) -> None:
+        call = stub.Report(metadata=metadata)
+        try:
+            async for report in self._worker.reports():
+                await call.write(report)
+        finally:
+            call.cancel()

@@ -1,0 +1,122 @@
+"""From settings to an engine that is ready to run: find the model, choose dtypes, load, fingerprint, warm up. Blocking."""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import structlog
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from splitfire.core.errors import ConfigError
+from splitfire.core.fingerprint import Fingerprint
+from splitfire.core.layout import DTYPE_BYTES, KvLayout
+from splitfire.core.model_dir import ModelDir, is_writable_by_others, weights_digest
+from splitfire.core.model_source import resolve_model
+from splitfire.core.settings import WorkerSettings
+from splitfire.engine.blocks import BlockPool
+from splitfire.engine.checkpoint import LoadOptions, load_weights
+from splitfire.engine.engine import Engine
+from splitfire.engine.models.rope import rope_table
+from splitfire.engine.models.transformer import Transformer, Weights
+from splitfire.engine.pool import TORCH_DTYPES, KvPool
+from splitfire.engine.runner import Runner
+from splitfire.engine.scheduler import Budget
+
+log = structlog.get_logger("worker")
+WEIGHT_FORMAT = "plain"  # weights as stored, converted to the dtype of computation
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Everything a worker tells others about its model, and the engine that runs it."""
+
+    model: ModelDir
+    engine: Engine
+    layout: KvLayout
+    fingerprint: Fingerprint
+    max_context: int
+
+
+def load_model(settings: WorkerSettings) -> LoadedModel:
+    """ConfigError, naming what is wrong, when the model or the settings cannot be used together."""
+    torch.set_num_threads(settings.threads or len(settings.cpu_numbers) or torch.get_num_threads())
+    device = _device(settings)
+    model = ModelDir(resolve_model(settings.model))
+    if is_writable_by_others(model.path):
+        log.warning("every user of this machine can change the model directory", path=str(model.path))
+    config = model.config
+    max_context = settings.max_context or config.max_positions
+    if max_context > config.max_positions and config.rope.rope_type != "dynamic":
+        raise ConfigError(f"max_context is {max_context}, the model's positions end at {config.max_positions}")
+    dtype = _dtype(settings.dtype, config.stored_dtype, device)
+    layout = KvLayout(
+        dtype if settings.kv_dtype == "auto" else settings.kv_dtype,
+        config.num_layers,
+        config.num_kv_heads,
+        config.head_dim,
+        settings.block_size,
+    )
+    num_blocks = settings.kv_memory // layout.block_bytes
+    if num_blocks < layout.blocks_for(max_context) + 1:
+        least = (layout.blocks_for(max_context) + 1) * layout.block_bytes
+        raise ConfigError(
+            f"kv_memory is {settings.kv_memory} bytes, one sequence of max_context = {max_context} tokens needs {least}; "
+            f"give --kv-memory {-(-least >> 20)}MiB or a smaller --max-context"
+        )
+    _check_memory(config.num_parameters * DTYPE_BYTES[dtype], num_blocks * layout.block_bytes, device)
+    with ThreadPoolExecutor(1, "digest") as pool:
+        digest = pool.submit(weights_digest, sorted({entry.file for entry in model.tensors().values()}))
+        weights = _load(model, LoadOptions(TORCH_DTYPES[dtype], device, settings.allow_nonfinite))
+        fingerprint = Fingerprint(
+            digest.result(), model.config_digest, model.tokenizer_digest, model.rope_digest, WEIGHT_FORMAT, settings.block_size
+        )
+    transformer = Transformer(config, weights, rope_table(config.rope, config.head_dim, max_context, device))
+    runner = Runner(transformer, KvPool(layout, num_blocks, device))
+    blocks = BlockPool(num_blocks, caches_prefixes=settings.prefix_cache)
+    engine = Engine(runner, blocks, Budget(settings.chunk_tokens, settings.max_running), time.monotonic)
+    return LoadedModel(model, engine, layout, fingerprint, max_context)
+
+
+def _load(model: ModelDir, options: LoadOptions) -> Weights:
+    if not sys.stderr.isatty():
+        return load_weights(model, options)
+    columns = (TextColumn("loading {task.fields[name]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("load", total=None, name=model.name)
+        return load_weights(model, options, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def _device(settings: WorkerSettings) -> torch.device:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but PyTorch sees no CUDA device; use --device cpu, or a CUDA build of PyTorch")
+    return torch.device(settings.device)
+
+
+def _dtype(asked: str, stored: str, device: torch.device) -> str:
+    """On a CPU without bf16 units fp32 is several times faster than bf16, which it would have to emulate."""
+    if asked != "auto":
+        return asked
+    if device.type == "cpu" and (stored == "fp16" or not torch.cpu._is_avx512_bf16_supported()):
+        return "fp32"
+    return stored
+
+
+def _check_memory(weight_bytes: int, pool_bytes: int, device: torch.device) -> None:
+    """Refuses before allocating what cannot be there."""
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    else:
+        try:
+            with open("/proc/meminfo") as file:
+                available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return
+    if weight_bytes + pool_bytes > available:
+        raise ConfigError(
+            f"the model needs {weight_bytes >> 20} MiB and the KV pool {pool_bytes >> 20} MiB, {available >> 20} MiB are available; "
+            "use a smaller model or a smaller --kv-memory"
+        )

@@ -1,0 +1,328 @@
+"""A worker process, joined: links to routers, the engine's host, the transfer agent, and the two role services. io thread.
+
+A frame of a router becomes a job for one of the services; an update of the engine goes to the service that owns the
+sequence. Everything is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from kvtransfer.agent import AgentOptions, PeerAddress, TransferAgent
+from kvtransfer.frames import slot_bytes_for
+from kvtransfer.transport import Transport
+from splitfire.core import limits
+from splitfire.core.errors import Exhausted, Internal, Mismatch, SplitfireError, Unavailable
+from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from splitfire.core.settings import WorkerSettings, read_secret
+from splitfire.core.telemetry import Telemetry
+from splitfire.core.wire import fingerprint_to_wire, layout_to_wire
+from splitfire.engine.engine import StepResult
+from splitfire.engine.sequence import SeqId
+from splitfire.v1 import fleet_pb2, inference_pb2
+from splitfire.worker.context import RoleService, WorkerContext
+from splitfire.worker.health import HealthPort
+from splitfire.worker.host import EngineHost
+from splitfire.worker.job import JobLimits, make_job, peer_address, refusal
+from splitfire.worker.link import LinkOptions, RouterLink
+from splitfire.worker.loading import LoadedModel
+
+log = structlog.get_logger("worker")
+WATCH_EVERY_S = 0.5
+STUCK_S = 60.0  # a step that takes longer than this means the engine is lost, not slow
+ROLES = {"prefill": inference_pb2.ROLE_PREFILL, "decode": inference_pb2.ROLE_DECODE}
+
+
+@dataclass(slots=True)
+class _Reports:
+    """What one Report stream has to say; a new event wakes its writer early."""
+
+    pairs: list[fleet_pb2.PairMeasurement] = field(default_factory=list)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Worker:
+    """One per process. `run` returns the exit code."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        loaded: LoadedModel,
+        transport: Transport,
+        services: Callable[[WorkerContext], tuple[RoleService, RoleService]],
+    ) -> None:
+        self.settings = settings
+        self.incarnation = secrets.token_bytes(16)
+        self.worker_id = settings.worker_id or f"{settings.role}-{os.getpid()}"
+        self._loaded = loaded
+        self._telemetry = Telemetry(f"splitfire-{settings.role}", settings.trace_file)
+        loop = asyncio.get_running_loop()
+        self._host = EngineHost(loaded.engine, loop, self._on_started, self._on_step, self._on_crash)
+        slot_bytes = max(settings.slot_size, slot_bytes_for(loaded.layout.block_bytes))
+        options = AgentOptions(settings.send_slots, settings.receive_slots, slot_bytes)
+        self.agent = TransferAgent(transport, self.incarnation, loaded.fingerprint.digest, options)
+        context = WorkerContext(self.worker_id, self._host, self.agent, loaded.layout, self._telemetry)
+        self._prefill, self._decode = services(context)
+        self._limits = JobLimits(
+            loaded.model.config.vocab_size, loaded.max_context, loaded.engine.blocks.num_blocks, loaded.layout, loaded.fingerprint
+        )
+        token = read_secret(settings.fleet_token_file) if settings.fleet_token_file else None
+        self._links = [RouterLink(LinkOptions(address, token), self, self._on_refused) for address in settings.routers]
+        self._health = HealthPort(settings.status_host, settings.status_port)
+        self._reports: list[_Reports] = []
+        self._known_pairs: dict[bytes, fleet_pb2.PairMeasurement] = {}
+        self._is_draining = False
+        self._changed = asyncio.Event()
+        self._exit = asyncio.Event()
+        self._exit_code = 0
+
+    async def run(self) -> int:
+        """Until drained, refused or crashed."""
+        self.agent.start()
+        self._host.start()
+        await self._health.start()
+        log.info(
+            "ready",
+            worker_id=self.worker_id,
+            role=self.settings.role,
+            status_port=self._health.port,
+            blocks=self._limits.num_blocks,
+        )
+        tasks = [asyncio.create_task(link.run(), name=f"link-{link.options.address}") for link in self._links]
+        tasks.append(asyncio.create_task(self._watch(), name="watch"))
+        await self._exit.wait()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.agent.close()
+        self._host.stop()
+        await self._health.stop()
+        self._telemetry.shutdown()
+        return self._exit_code
+
+    def drain(self) -> None:
+        """SIGTERM: no new work, finish what is here within the grace time. The second time: at once."""
+        if self._is_draining:
+            self._stop(0)
+            return
+        self._is_draining = True
+        self._changed.set()
+        log.info("draining", jobs=self._num_jobs, grace_s=self.settings.grace_s)
+        asyncio.get_running_loop().call_later(self.settings.grace_s, self._stop, 0)
+        self._report_now()
+
+    # -- WorkerSide
+
+    def hello(self) -> fleet_pb2.Hello:
+        loaded, transport = self._loaded, self.agent.transport
+        return fleet_pb2.Hello(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            role=ROLES[self.settings.role],
+            version=fleet_pb2.ProtocolVersion(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR),
+            fingerprint=fingerprint_to_wire(loaded.fingerprint),
+            kv_format=layout_to_wire(loaded.layout),
+            transports=[fleet_pb2.TransportAddress(name=transport.name, version=transport.version, address=transport.address)],
+            capacity=fleet_pb2.Capacity(
+                total_blocks=loaded.engine.blocks.num_blocks,
+                max_running=self.settings.max_running,
+                max_context=loaded.max_context,
+                chunk_tokens=self.settings.chunk_tokens,
+            ),
+            host=host_id(),
+        )
+
+    def on_frame(self, link: RouterLink, frame: fleet_pb2.AttachResponse) -> None:
+        kind = frame.WhichOneof("frame")
+        if kind == "submit":
+            self._submit(link, frame.submit)
+        elif kind == "cancel":
+            for service in (self._prefill, self._decode):
+                service.cancel(link, frame.cancel.attempt)
+        elif kind == "redirect":
+            link.refused(
+                refusal(
+                    frame.redirect.attempt, Unavailable("not held any more; submit again", reason="not_held"), is_retryable=True
+                )
+            )
+        elif kind == "peer_up":
+            self._meet(frame.peer_up.peer)
+        elif kind == "peer_gone":
+            self._known_pairs.pop(frame.peer_gone.incarnation, None)
+            self.agent.peer_gone(frame.peer_gone.incarnation)
+        elif kind == "drain" and not self._is_draining:
+            self.drain()
+
+    def on_attached(self, link: RouterLink) -> None:
+        self._changed.set()
+
+    def on_lost(self, link: RouterLink) -> None:
+        self._changed.set()
+        for service in (self._prefill, self._decode):
+            service.cancel(link, None)
+
+    async def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
+        """Load every second, sooner when something ended; pairs as they are measured, and those known before."""
+        mine = _Reports(list(self._known_pairs.values()))
+        self._reports.append(mine)
+        try:
+            while True:
+                for pair in mine.pairs:
+                    yield fleet_pb2.ReportRequest(incarnation=self.incarnation, pair=pair)
+                mine.pairs.clear()
+                mine.wake.clear()
+                yield fleet_pb2.ReportRequest(incarnation=self.incarnation, load=self._load())
+                try:
+                    await asyncio.wait_for(mine.wake.wait(), limits.REPORT_EVERY_S)
+                    await asyncio.sleep(0.05)  # what ends together is reported together
+                except TimeoutError:
+                    pass
+        finally:
+            self._reports.remove(mine)
+
+    # -- inside
+
+    @property
+    def _num_jobs(self) -> int:
+        return self._prefill.num_jobs + self._decode.num_jobs
+
+    def _submit(self, link: RouterLink, submit: fleet_pb2.Submit) -> None:
+        try:
+            if self._is_draining:
+                raise Unavailable("the worker is draining", reason="draining")
+            if self._num_jobs >= 2 * self.settings.max_running:
+                raise Exhausted(
+                    f"the worker has {self._num_jobs} requests, limit {2 * self.settings.max_running}", reason="queue_full"
+                )
+            job = make_job(submit, link, self._limits, time.monotonic())
+            service = self._prefill if submit.part == fleet_pb2.PART_PREFILL else self._decode
+            service.submit(job)
+        except SplitfireError as exc:
+            link.refused(refusal(submit.attempt, exc, is_retryable=exc.is_retryable))
+        except Exception as exc:  # one bad request fails alone
+            log.exception("submit failed", request_id=submit.request_id)
+            link.refused(refusal(submit.attempt, Internal(f"submit failed: {type(exc).__name__}"), is_retryable=False))
+
+    def _on_started(self, ids: tuple[SeqId, ...]) -> None:
+        for seq_id in ids:
+            for service in (self._prefill, self._decode):
+                if service.owns(seq_id):
+                    service.on_started(seq_id)
+
+    def _on_step(self, result: StepResult) -> None:
+        has_ended = False
+        for update in result.updates:
+            has_ended |= update.is_finished
+            for service in (self._prefill, self._decode):
+                if service.owns(update.seq_id):
+                    service.on_update(update)
+                    break
+        if has_ended:
+            self._report_now()
+
+    def _meet(self, peer: fleet_pb2.Peer) -> None:
+        """A worker of the other role is up. The prefill side measures."""
+        try:
+            address = peer_address(peer, self.agent.transport.name)
+        except SplitfireError as exc:
+            log.warning("cannot exchange KV", peer=peer.worker_id, reason=str(exc))
+            return
+        self.agent.meet(address)
+        if self.settings.role == "prefill" and peer.incarnation not in self._known_pairs:
+            is_same_host = peer.host == host_id()
+            self.agent.measure(address, lambda *measured: self._on_measured(address, is_same_host, *measured))
+
+    def _on_measured(self, peer: PeerAddress, is_same_host: bool, round_trip_s: float, bytes_per_s: float, path: str) -> None:
+        name = self.agent.transport.name
+        log.info(
+            "pair",
+            peer=peer.worker_id,
+            transport=name,
+            path=path,
+            round_trip_us=round(round_trip_s * 1e6),
+            gb_per_s=round(bytes_per_s / 1e9, 2),
+        )
+        if is_same_host and path == "network":
+            log.warning(
+                "KV between two workers of this host goes over the network: check /dev/shm, UCX_TLS, and that containers share IPC and PID namespaces",
+                peer=peer.worker_id,
+            )
+        pair = fleet_pb2.PairMeasurement(
+            peer_incarnation=peer.incarnation, transport=name, path=path, round_trip_s=round_trip_s, bytes_per_s=bytes_per_s
+        )
+        self._known_pairs[peer.incarnation] = pair
+        for reports in self._reports:
+            reports.pairs.append(pair)
+        self._report_now()
+
+    def _load(self) -> fleet_pb2.Load:
+        load = self._loaded.engine.load()
+        return fleet_pb2.Load(
+            total_blocks=load.total_blocks,
+            free_blocks=load.available_blocks,
+            running_sequences=load.running,
+            waiting_sequences=load.waiting,
+            queued_tokens=load.queued_tokens,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            decode_tokens_per_s=load.decode_tokens_per_s,
+            resident_bytes=resident_bytes(),
+            held_slots=self.agent.num_held_slots,
+            is_draining=self._is_draining,
+        )
+
+    def _report_now(self) -> None:
+        for reports in self._reports:
+            reports.wake.set()
+
+    async def _watch(self) -> None:
+        """Keeps health true, ends a drain when nothing is left, and the process when its engine is lost."""
+        while True:
+            try:
+                await asyncio.wait_for(self._changed.wait(), WATCH_EVERY_S)
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            await self._health.set_serving(not self._is_draining and any(link.is_attached for link in self._links))
+            if self._is_draining and not self._num_jobs:
+                self._stop(0)
+            if self._loaded.engine.has_work and time.monotonic() - self._host.last_turn > STUCK_S:
+                self._on_crash(TimeoutError(f"no engine step finished within {STUCK_S:g} s"))
+
+    def _on_crash(self, exc: BaseException) -> None:
+        log.error("worker stops", error=type(exc).__name__, detail=str(exc))
+        self._stop(1)
+
+    def _on_refused(self, error: Mismatch) -> None:
+        log.error("router refused this worker", reason=str(error))
+        self._stop(2)
+
+    def _stop(self, code: int) -> None:
+        self._exit_code = self._exit_code or code
+        self._exit.set()
+
+
+def host_id() -> str:
+    """Equal on two processes that can share memory: one boot of one kernel, one /dev/shm."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{boot}-{os.stat('/dev/shm').st_dev}"  # noqa: S108
+    except OSError:
+        return socket.gethostname()
+
+
+def resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
