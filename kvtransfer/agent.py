@@ -68,6 +68,8 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PeerAddress:
+    """Another worker: who it is, and where its transport is reached."""
+
     worker_id: str
     incarnation: bytes
     address: bytes
@@ -104,8 +106,8 @@ class _Peer:
     def send(self, message: kv_pb2.KvMessage) -> None:
         self.link.send_control(control_frame(self.agent.incarnation, message))
 
-    def blocks_per_slot(self, layout: KvLayout) -> int:
-        return blocks_per_slot(self.agent.options.slot_bytes, layout.block_bytes)
+    def blocks_per_payload(self, layout: KvLayout, receiver_slot_bytes: int) -> int:
+        return blocks_per_slot(min(self.agent.options.slot_bytes, receiver_slot_bytes), layout.block_bytes)
 
     def send_piece(self, sender: Sender, slot: LentSlot, piece: Piece) -> None:
         self.agent.queue_send(self, sender, slot, piece)

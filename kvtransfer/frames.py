@@ -41,6 +41,8 @@ class FrameError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
+    """A frame whose header was found right. `body` points into what was received."""
+
     kind: int
     incarnation: bytes  # of the sender
     body: memoryview
@@ -165,6 +167,8 @@ def write_void(slot: memoryview, incarnation: bytes, length: int = _FRAME.size) 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
+    """A parsed payload: nothing is verified yet but sizes."""
+
     header: PayloadHeader
     digests: tuple[int, ...]
     blocks: memoryview

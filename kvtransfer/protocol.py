@@ -22,6 +22,8 @@ class Send(Enum):
 
 
 class SendEvent(Enum):
+    """What can happen to a sender."""
+
     GRANT = "grant"
     WAIT = "wait"
     REFUSE = "refuse"
@@ -45,6 +47,8 @@ class Recv(Enum):
 
 
 class RecvEvent(Enum):
+    """What can happen to a receiver."""
+
     GRANT = "grant"
     WAIT = "wait"
     REFUSE = "refuse"

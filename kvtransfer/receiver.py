@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from kvtransfer.frames import TARGET_CACHE, FrameError, Payload, bind, blocks_per_slot, check_layout
+from kvtransfer.frames import TARGET_CACHE, FrameError, Payload, bind, check_layout
 from kvtransfer.protocol import RECEIVER, Recv, RecvEvent
 from kvtransfer.ring import RingSlot
 from splitfire.core.layout import KvLayout
@@ -93,7 +93,7 @@ class Receiver:
         self._sink = sink
         self._port = port
         self._clock = clock
-        self._per_slot = blocks_per_slot(slot_bytes, expectation.layout.block_bytes)
+        self._slot_bytes = slot_bytes
         self._first_block = 0
         self._verified: set[int] = set()
         self._first_tokens: Sequence[kv_pb2.FirstToken] = ()
@@ -136,7 +136,9 @@ class Receiver:
             assert isinstance(room, int)
             self._advance(RecvEvent.GRANT)
             self._first_block = room
-            self._send(grant=kv_pb2.Grant(first_block=room, kv_format=layout_to_wire(self.expectation.layout)))
+            self._send(
+                grant=kv_pb2.Grant(first_block=room, kv_format=layout_to_wire(self.expectation.layout), slot_bytes=self._slot_bytes)
+            )
 
     def refuse(self, reason: str, *, is_retryable: bool) -> None:
         self._advance(RecvEvent.REFUSE)
@@ -197,10 +199,10 @@ class Receiver:
             raise IllegalTransition(f"want is not possible in {self.state.value}")
         block_bytes = self.expectation.layout.block_bytes
         num_blocks = want.bytes // block_bytes
-        if want.bytes % block_bytes or not 0 < num_blocks <= self.expectation.num_blocks:
+        if want.bytes % block_bytes or not 0 < want.num_slots <= num_blocks <= self.expectation.num_blocks:
             raise IllegalTransition(f"wants {want.bytes} bytes, blocks have {block_bytes}")
         self.wanted_at = self.wanted_at or self._clock()
-        self.num_slots_wanted += -(-num_blocks // self._per_slot)
+        self.num_slots_wanted += want.num_slots
         self._port.lend(self)
 
     def _on_commit(self, commit: kv_pb2.Commit) -> None:

@@ -16,6 +16,8 @@ MAX_QUARANTINED = 64
 
 
 class SlotState(Enum):
+    """The states above."""
+
     FREE = "free"
     LENT = "lent"
     QUARANTINED = "quarantined"

@@ -20,6 +20,8 @@ from splitfire.v1 import kv_pb2
 
 
 class Outcome(Enum):
+    """How a transfer ended, for the owner of its blocks."""
+
     RECEIVED = "received"
     REFUSED = "refused"
     ABORTED = "aborted"
@@ -51,7 +53,8 @@ class SenderPort(Protocol):
 
     def send_void(self, sender: Sender, slot: LentSlot) -> None: ...
 
-    def blocks_per_slot(self, layout: KvLayout) -> int: ...
+    def blocks_per_payload(self, layout: KvLayout, receiver_slot_bytes: int) -> int:
+        """How many blocks fit a slot of both rings; 0 when none does."""
 
     def closed(self, sender: Sender, outcome: Outcome, reason: str) -> None:
         """The last call of a machine: its blocks may go."""
@@ -81,10 +84,10 @@ class Sender:
         self.wire_layout = shipment.layout  # what the receiver asked for, once granted
         self.first_block = 0
         self.last_progress = clock()
-        self.wanted_at: float | None = None
         self.bytes_sent = 0
         self._port = port
         self._clock = clock
+        self._per_payload = 0
         self._num_ready = 0  # leading blocks that are computed
         self._num_planned = 0  # leading blocks that are in pieces
         self._pieces: deque[Piece] = deque()  # asked for, no slot yet
@@ -173,6 +176,10 @@ class Sender:
             self.abort("grant does not fit the offer")
             return
         self.wire_layout = layout
+        self._per_payload = self._port.blocks_per_payload(layout, grant.slot_bytes)
+        if not self._per_payload:
+            self.abort(f"a block of {layout.block_bytes} bytes does not fit a slot of both rings")
+            return
         self.first_block = self._num_planned = grant.first_block
         self._pump()
 
@@ -191,13 +198,11 @@ class Sender:
         if self.state is not Send.GRANTED:
             return
         if self._num_ready > self._num_planned:
-            per_slot = self._port.blocks_per_slot(self.wire_layout)
-            for start in range(self._num_planned, self._num_ready, per_slot):
-                self._pieces.append(Piece(start, min(start + per_slot, self._num_ready)))
+            starts = range(self._num_planned, self._num_ready, self._per_payload)
+            self._pieces.extend(Piece(start, min(start + self._per_payload, self._num_ready)) for start in starts)
             num_bytes = (self._num_ready - self._num_planned) * self.wire_layout.block_bytes
             self._num_planned = self._num_ready
-            self.wanted_at = self.wanted_at or self._clock()
-            self._send(want=kv_pb2.Want(bytes=num_bytes))
+            self._send(want=kv_pb2.Want(bytes=num_bytes, num_slots=len(starts)))
         if self._first_tokens is not None and self._num_planned == self.shipment.num_blocks and not self._pieces:
             self._advance(SendEvent.COMMIT)
             self._send(commit=kv_pb2.Commit(num_blocks=self.shipment.num_blocks, first_tokens=self._first_tokens))

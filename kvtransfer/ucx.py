@@ -119,7 +119,8 @@ class UcxTransport:
         self._loop.call_soon(self._turn)
 
     def _complete_operations(self) -> bool:
-        done, pending = [], []
+        done: list[_Operation] = []
+        pending: list[_Operation] = []
         for operation in self._operations:
             (done if operation.request.completed else pending).append(operation)
         if not done:

@@ -89,6 +89,7 @@ def make_data(work: Path) -> None:
     tokenizer = build_tokenizer(f.read_text(encoding="utf-8") for f in train)
     tokenizer.save(str(work / "tokenizer.json"))
     end = tokenizer.token_to_id(END)
+    assert end is not None
     for name, part in (("train", train), ("held_out", held_out)):
         ids: list[int] = []
         num_bytes = 0
@@ -148,7 +149,8 @@ def held_out_bits_per_byte(model: LlamaForCausalLM, work: Path, length: int, lim
             if limit and counted >= limit:
                 break
     model.train()
-    return nats / math.log(2) / (counted * info["bytes"] / info["tokens"])
+    bytes_counted = counted * int(info["bytes"]) / int(info["tokens"])
+    return float(nats) / math.log(2) / bytes_counted
 
 
 def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
@@ -189,7 +191,7 @@ def train(work: Path, out: Path, config: LlamaConfig, args: argparse.Namespace, 
         began = time.perf_counter()
         progress = seen / total
         length = 2048 if progress > 0.85 else 512  # the last part teaches long positions
-        for (opt, group), lr in zip(((o, g) for o in opts for g in o.param_groups), base_lrs, strict=True):
+        for group, lr in zip((g for o in opts for g in o.param_groups), base_lrs, strict=True):
             group["lr"] = lr * learning_rate_scale(progress)
         data = next(feeds[length])
         inputs, targets = data[:, :-1], data[:, 1:]
@@ -277,9 +279,9 @@ def five_gram_bits_per_byte(work: Path, order: int = 5) -> float:
         p = 1 / 256
         for n in range(min(order, i + 1)):
             context = held_out[i - n : i]
-            seen = counts[n].get(context)
-            if seen is None:
+            if context not in counts[n]:
                 break
+            seen = counts[n][context]
             total, kinds = totals[n][context], len(seen)
             p = (seen.get(byte, 0) + kinds * p) / (total + kinds)
         bits -= math.log2(p)

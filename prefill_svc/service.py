@@ -88,7 +88,7 @@ class PrefillService:
             timing=fleet_pb2.WorkerTiming(phases=self._phases(job, times), cached_tokens=update.num_cached),
         )
         job.replies.output(output)
-        attributes = {"splitfire.request_id": job.request_id, "splitfire.attempt": job.attempt}
+        attributes: dict[str, str | int | float | bool] = {"splitfire.request_id": job.request_id, "splitfire.attempt": job.attempt}
         computed = job.spec.num_tokens - update.num_cached
         context.telemetry.record(
             "prefill",

@@ -9,15 +9,15 @@ import sys
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # read when grpc is loaded; the text pool's processes do not use grpc
 
-import uvloop  # noqa: E402
+import uvloop
 
-from router.server import RouterServer  # noqa: E402
-from splitfire.core.errors import ConfigError  # noqa: E402
-from splitfire.core.model_dir import ModelDir  # noqa: E402
-from splitfire.core.model_source import resolve_model  # noqa: E402
-from splitfire.core.process import end_with_parent  # noqa: E402
-from splitfire.core.settings import RouterSettings, exit_with, parse_settings  # noqa: E402
-from splitfire.core.telemetry import configure_logging  # noqa: E402
+from router.server import RouterServer
+from splitfire.core.errors import ConfigError
+from splitfire.core.model_dir import ModelDir
+from splitfire.core.model_source import resolve_model
+from splitfire.core.process import end_with_parent
+from splitfire.core.settings import RouterSettings, exit_with, parse_settings
+from splitfire.core.telemetry import configure_logging
 
 
 async def serve(settings: RouterSettings, model: ModelDir) -> int:

@@ -69,7 +69,7 @@ class Choice:
         self.state = Req.ACCEPTED
         self.ids: list[int] = []  # at most max_tokens, so bounded
         self.logprobs: list[inference_pb2.TokenLogprobs] = []
-        self.finish_reason = inference_pb2.FINISH_REASON_UNSPECIFIED
+        self.finish_reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED
         self.timeline = Timeline()
         self.attempt: Attempt | None = None
         self._changed = changed
@@ -111,7 +111,7 @@ class Choice:
             self._changed.set()
         return ""
 
-    def finish(self, reason: inference_pb2.FinishReason) -> None:
+    def finish(self, reason: inference_pb2.FinishReason.ValueType) -> None:
         self.finish_reason = reason
         self._changed.set()
 
@@ -270,7 +270,10 @@ class Flow:
         self._dispatch(choice, attempt)
         choice.advance(ReqEvent.DISPATCH)
         timeline, now = choice.timeline, time.monotonic()
-        attributes = {"splitfire.request_id": plan.request_id, "splitfire.choice": choice.index}
+        attributes: dict[str, str | int | float | bool] = {
+            "splitfire.request_id": plan.request_id,
+            "splitfire.choice": choice.index,
+        }
         self._telemetry.record("admit", plan.traceparent, queued_at, timeline.place_began, attributes)
         placed_on = {**attributes, **self._names(attempt.placement)}
         self._telemetry.record("place", plan.traceparent, timeline.place_began, timeline.placed_at, placed_on)

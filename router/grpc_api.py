@@ -75,7 +75,7 @@ class InferenceApi:
     def handlers(self) -> grpc.GenericRpcHandler:
         """What the server registers instead of the generated servicer."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        methods = {
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Generate": stream(self.generate, _parser(pb.GenerateRequest), _serialize),
             "Tokenize": unary(self.tokenize, _parser(pb.TokenizeRequest), _serialize),
             "ListModels": unary(self.list_models, _parser(pb.ListModelsRequest), _serialize),
@@ -109,7 +109,7 @@ class InferenceApi:
             await abort(context, unexpected(exc), request_id, _partial(choices))
         finally:
             generated = sum(len(c.ids) for c in choices)
-            attributes = {
+            attributes: dict[str, str | int | float | bool] = {
                 "splitfire.request_id": request_id,
                 "gen_ai.operation.name": "generate",
                 "gen_ai.usage.output_tokens": generated,
@@ -313,7 +313,7 @@ def _traceparent(context: Context) -> str:
 
 def _time_limit(context: Context) -> float:
     """Seconds the request has: the client's deadline, within the server's own bounds."""
-    remaining = context.time_remaining()
+    remaining: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
     if remaining is None:
         return limits.DEFAULT_DEADLINE_S
     if remaining <= 0:

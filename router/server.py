@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from dataclasses import replace
@@ -142,10 +143,8 @@ class RouterServer:
     async def _tick(self) -> None:
         """Keeps health true and queues moving; ends the process when a drain is done."""
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), TICK_S)
-            except TimeoutError:
-                pass
             self._changed.clear()
             self._admission.pump()
             await self._tell_health()

@@ -7,6 +7,7 @@ bounded work and happens here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -127,10 +128,8 @@ class _Process:
 
     async def kill(self) -> None:
         if self._process.returncode is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         await self._process.wait()
 
     async def _read(self) -> dict[str, Any]:
@@ -197,7 +196,7 @@ class TextStream:
         return certain
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _overlap(text: str, stop: str) -> int:

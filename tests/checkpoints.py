@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -33,9 +33,12 @@ def _small(**changes: object) -> dict[str, object]:
     return {**_SMALL, **changes}
 
 
-def family_configs() -> dict[str, PretrainedConfig]:
+def family_configs() -> dict[str, Any]:
     """One config for each thing that a family or a rope type does differently."""
-    rope = lambda kind, **more: {"rope_type": kind, "rope_theta": 10000.0, **more}  # noqa: E731
+
+    def rope(kind: str, **more: float) -> dict[str, object]:
+        return {"rope_type": kind, "rope_theta": 10000.0, **more}
+
     return {
         "llama": LlamaConfig(**_small()),
         "llama-tied-bias": LlamaConfig(**_small(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=32)),
@@ -58,7 +61,7 @@ def family_configs() -> dict[str, PretrainedConfig]:
     }
 
 
-def save_checkpoint(config: PretrainedConfig, path: Path, *, seed: int = 0, max_shard: str | None = None) -> PreTrainedModel:
+def save_checkpoint(config: Any, path: Path, *, seed: int = 0, max_shard: str | None = None) -> PreTrainedModel:
     """Random weights, saved as fp32 safetensors beside pico's tokenizer; the model itself, for the oracle.
 
     Weights are drawn wider than usual so that logits are not nearly equal, and so that greedy tokens mean something.

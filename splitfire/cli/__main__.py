@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
@@ -189,7 +188,7 @@ def make_plan(
     return FleetPlan(model, num_prefill, num_decode, *cpus, port or free_port(), router_flags, worker_flags, shared_flags)
 
 
-def given(flags: dict[str, object | None]) -> tuple[str, ...]:
+def given(flags: Mapping[str, object | None]) -> tuple[str, ...]:
     """The flags that have a value, as a child process takes them."""
     return tuple(f"{name}={value}" for name, value in flags.items() if value is not None)
 
@@ -276,7 +275,7 @@ def main() -> None:
         sys.exit(130)
     except typer.Exit as exc:
         sys.exit(exc.exit_code)
-    except typer._click.exceptions.ClickException as exc:  # type: ignore[attr-defined]
+    except typer._click.exceptions.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import grpc
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -59,15 +60,13 @@ class Client:
 
 def explain(error: grpc.RpcError, address: str) -> str:
     """The server's sentence and its stable reason; a hint when nobody answers."""
-    if not isinstance(error, grpc.Call):
-        return str(error)
-    status = rpc_status.from_call(error)
+    call = cast(grpc.Call, error)  # what a stub raises is both
+    status = rpc_status.from_call(call)
     reasons = []
     for detail in status.details if status is not None else ():
         info = ErrorInfo()
         if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info):
             reasons.append(info.reason)
-    if not reasons and error.code() is grpc.StatusCode.UNAVAILABLE:
+    if not reasons and call.code() is grpc.StatusCode.UNAVAILABLE:
         return f"nobody answers on {address}; start a fleet with `splitfire up`, or name another with --server"
-    code = error.code().name if error.code() is not None else "UNKNOWN"
-    return f"{error.details()} ({', '.join([code, *reasons])})"
+    return f"{call.details()} ({', '.join([call.code().name, *reasons])})"

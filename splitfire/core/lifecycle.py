@@ -36,6 +36,8 @@ class Seq(Enum):
 
 
 class SeqEvent(Enum):
+    """What can happen to a sequence."""
+
     ADMIT = "admit"
     PREEMPT = "preempt"
     HOLD = "hold"
@@ -63,9 +65,11 @@ class Req(Enum):
 
 
 class ReqEvent(Enum):
+    """What can happen to a choice."""
+
     ADMIT = "admit"
     DISPATCH = "dispatch"
-    TOKEN = "token"
+    TOKEN = "token"  # noqa: S105 - not a password
     RESUBMIT = "resubmit"  # the attempt was lost: place and dispatch again
     FINISH = "finish"
     FAIL = "fail"

@@ -9,6 +9,8 @@ from splitfire.core.limits import GREEDY_BELOW
 
 @dataclass(frozen=True, slots=True)
 class TokenBias:
+    """One entry of `logit_bias`."""
+
     token_id: int
     bias: float  # added to the logit
 

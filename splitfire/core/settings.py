@@ -136,14 +136,14 @@ class WorkerSettings(ServiceSettings):
     kv_dtype: Dtype = Field("auto", description="of the KV pool; auto: the dtype of computation")
     block_size: Annotated[int, Field(ge=8, le=256), AfterValidator(_power_of_two)] = Field(32, description="tokens a KV block")
     kv_memory: Bytes = Field(256 << 20, ge=1 << 20, description="size of the KV pool, such as 512MiB")
-    chunk_tokens: int = Field(512, ge=16, le=65536, description="tokens one step computes at most")
+    chunk_tokens: int | None = Field(None, ge=16, le=65536, description="tokens one step computes at most; default: by device")
     max_running: int = Field(64, ge=1, le=1024, description="sequences in one batch")
     prefix_cache: bool = Field(True, description="keep finished KV for prompts that begin alike")
     cpus: Annotated[str, _checked_by(parse_cpus)] = Field("", description="processors to run on, such as 0 or 0,2-3; default: all")
     threads: int | None = Field(None, ge=1, le=1024, description="threads of the model; default: one a processor")
-    slot_size: Bytes = Field(2 << 20, ge=64 << 10, le=64 << 20, description="size of one ring slot")
+    slot_size: Bytes = Field(1 << 20, ge=64 << 10, le=64 << 20, description="size of one ring slot")
     send_slots: int = Field(4, ge=1, le=256, description="ring slots for sending")
-    receive_slots: int = Field(8, ge=2, le=256, description="ring slots for receiving")
+    receive_slots: int = Field(16, ge=2, le=256, description="ring slots for receiving")
     ucx_devices: str = Field("lo", description="network devices UCX may use; lo: this host only; all: every one")
     status_host: str = Field("127.0.0.1", description="address of the health port")
     status_port: Port = Field(0, description="gRPC health; 0 draws a port")
@@ -154,7 +154,7 @@ class WorkerSettings(ServiceSettings):
     def _relations(self) -> WorkerSettings:
         if self.role == "prefill" and self.drain_grace_s is not None and self.drain_grace_s <= limits.HOLD_S:
             raise ValueError(f"drain_grace_s of a prefill worker must exceed the hold deadline of {limits.HOLD_S:g} s")
-        if self.chunk_tokens < self.block_size:
+        if self.chunk_tokens is not None and self.chunk_tokens < self.block_size:
             raise ValueError(f"chunk_tokens is {self.chunk_tokens}, less than block_size = {self.block_size}")
         return self
 
@@ -180,7 +180,7 @@ def parse_settings(kind: type[Settings], argv: Sequence[str], *, prog: str) -> S
     """Flags over environment over defaults. ConfigError with one line naming the setting, its value and what is accepted."""
     _refuse_unknown_environment(os.environ)
     try:
-        return kind(_cli_parse_args=list(argv), _cli_prog_name=prog)  # type: ignore[call-arg]
+        return kind(_cli_parse_args=list(argv), _cli_prog_name=prog)
     except ValidationError as exc:
         raise ConfigError(_one_line(exc)) from exc
     except SettingsError as exc:

@@ -26,7 +26,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 STEPS = ("accept", "admit", "place", "dispatch", "prefill", "ship", "first_token", "join", "decode", "stream")
 SHUTDOWN_S = 2.0
-Attributes = Mapping[str, str | int | float | bool]
+Attributes = Mapping[str, str | int | float | bool]  # of a span
 _propagator = TraceContextTextMapPropagator()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -34,7 +34,7 @@ class ModelLimits:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...] = ()
-    defaults: GenerationDefaults = GenerationDefaults()
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     has_chat_template: bool = False
     pool_tokens: int | None = None  # KV room of the smallest worker; None: not known
 
@@ -196,14 +196,14 @@ def resolve_stopping(stopping: StopRequest, num_prompt: int, model: ModelLimits)
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
     """A field this version does not know is an error, not something to skip."""
-    unknown = UnknownFieldSet(message)  # type: ignore[no-untyped-call]
+    unknown = UnknownFieldSet(message)
     if len(unknown):
         raise InvalidInput(path or "request", f"unknown field number {unknown[0].field_number}", reason="invalid_unknown_field")
-    for field, value in message.ListFields():
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
+    for part, value in message.ListFields():
+        if part.message_type is None or part.message_type.GetOptions().map_entry:
             continue
-        for one in value if field.is_repeated else (value,):
-            refuse_unknown_fields(one, f"{path}.{field.name}" if path else field.name)
+        for one in value if part.is_repeated else (value,):
+            refuse_unknown_fields(one, f"{path}.{part.name}" if path else part.name)
 
 
 def _refuse_unsupported(request: pb.GenerateRequest) -> None:

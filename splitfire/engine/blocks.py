@@ -27,6 +27,8 @@ BlockId = NewType("BlockId", int)
 
 
 class BlockState(Enum):
+    """The states above."""
+
     FREE = "free"
     RESERVED = "reserved"
     FILLING = "filling"
@@ -141,9 +143,9 @@ class BlockPool:
         assert counts[BlockState.CACHED] == len(self._cached)
         for name, block_id in self._index.items():
             assert self._blocks[block_id].name == name
-        for block_id, block in enumerate(self._blocks):
+        for block in self._blocks:
             is_used = block.state not in (BlockState.FREE, BlockState.CACHED)
-            assert is_used == (block.num_users > 0), (block_id, block)
+            assert is_used == (block.num_users > 0), block
 
     def _take(self, state: BlockState) -> BlockId:
         if self._free:

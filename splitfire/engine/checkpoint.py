@@ -25,6 +25,8 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
+    """How weights are to be held."""
+
     dtype: torch.dtype
     device: torch.device
     allow_nonfinite: bool = False

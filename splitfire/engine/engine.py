@@ -47,6 +47,8 @@ class SequenceUpdate:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
+    """What one step did, in the order of its sequences."""
+
     updates: tuple[SequenceUpdate, ...]
     num_tokens: int
     duration_s: float

@@ -25,7 +25,9 @@ class KvPool:
         # Zeros, not empty: positions past the valid tokens are read (and masked), and NaN * 0 would not be 0.
         shape, dtype = (num_blocks, *layout.block_shape), TORCH_DTYPES[layout.dtype]
         if device.type == "cpu":  # the kernel's zero pages: not resident until written, which torch.zeros would do at once
-            self.data = torch.frombuffer(mmap.mmap(-1, num_blocks * layout.block_bytes), dtype=dtype).view(shape)
+            memory = mmap.mmap(-1, num_blocks * layout.block_bytes)
+            memory.madvise(mmap.MADV_HUGEPAGE)  # 500 times fewer page faults when blocks are first written
+            self.data = torch.frombuffer(memory, dtype=dtype).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -151,8 +151,11 @@ class Grant(_message.Message):
 
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     KV_FORMAT_FIELD_NUMBER: _builtins.int
+    SLOT_BYTES_FIELD_NUMBER: _builtins.int
     first_block: _builtins.int
     """logical; those before it are already there"""
+    slot_bytes: _builtins.int
+    """of the receiver's ring: no payload is longer"""
     @_builtins.property
     def kv_format(self) -> _fleet_pb2.KvFormat:
         """to convert to"""
@@ -162,10 +165,11 @@ class Grant(_message.Message):
         *,
         first_block: _builtins.int = ...,
         kv_format: _fleet_pb2.KvFormat | None = ...,
+        slot_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_format", b"kv_format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "kv_format", b"kv_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "kv_format", b"kv_format", "slot_bytes", b"slot_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,20 +239,23 @@ Global___Revoke: _TypeAlias = Revoke  # noqa: Y015
 
 @_typing.final
 class Want(_message.Message):
-    """Sender to receiver, for each computed chunk: this many bytes are ready to go."""
+    """Sender to receiver, for each computed chunk: this many bytes are ready to go, in this many payloads."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BYTES_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
+    num_slots: _builtins.int
     def __init__(
         self,
         *,
         bytes: _builtins.int = ...,
+        num_slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "num_slots", b"num_slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

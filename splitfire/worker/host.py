@@ -7,6 +7,7 @@ is a bug or a broken device: the process must not limp on, so `on_crash` ends it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -95,7 +96,5 @@ class EngineHost:
         return True
 
     def _post(self, call: Callable[..., None], *args: object) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
             self._loop.call_soon_threadsafe(call, *args)
-        except RuntimeError:  # the loop is closed: the process is ending
-            pass

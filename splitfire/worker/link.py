@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import grpc
 import structlog
@@ -20,6 +20,8 @@ from splitfire.core.errors import Mismatch
 from splitfire.v1 import fleet_pb2, fleet_pb2_grpc
 
 log = structlog.get_logger("worker")
+AttachCall: TypeAlias = "grpc.aio.StreamStreamCall[fleet_pb2.AttachRequest, fleet_pb2.AttachResponse]"
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", int(limits.KEEPALIVE_TIME_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(limits.KEEPALIVE_TIMEOUT_S * 1000)),
@@ -51,6 +53,8 @@ class WorkerSide(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinkOptions:
+    """One router and the credential it wants."""
+
     address: str
     token: bytes | None = None
 
@@ -136,9 +140,7 @@ class RouterLink:
                     self._worker.on_lost(self)
                     log.info("detached", router=self.options.address)
 
-    async def _serve(
-        self, stub: fleet_pb2_grpc.FleetAsyncStub, call: grpc.aio.StreamStreamCall, metadata: tuple[tuple[str, str], ...]
-    ) -> None:
+    async def _serve(self, stub: fleet_pb2_grpc.FleetAsyncStub, call: AttachCall, metadata: Metadata) -> None:
         """Until the router ends the stream or it breaks."""
         writer = asyncio.create_task(self._write(call), name=f"link-write-{self.options.address}")
         reporter = asyncio.create_task(self._report(stub, metadata), name=f"link-report-{self.options.address}")
@@ -153,7 +155,7 @@ class RouterLink:
                 task.cancel()
             await asyncio.gather(writer, reporter, return_exceptions=True)
 
-    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+    async def _write(self, call: AttachCall) -> None:
         while True:
             await self._has_frames.wait()
             self._has_frames.clear()
@@ -164,7 +166,7 @@ class RouterLink:
             for end in ends:
                 await call.write(end)
 
-    async def _report(self, stub: fleet_pb2_grpc.FleetAsyncStub, metadata: tuple[tuple[str, str], ...]) -> None:
+    async def _report(self, stub: fleet_pb2_grpc.FleetAsyncStub, metadata: Metadata) -> None:
         call = stub.Report(metadata=metadata)
         try:
             async for report in self._worker.reports():

@@ -7,13 +7,14 @@ sequence. Everything is decided elsewhere.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -67,7 +68,8 @@ class Worker:
         self._telemetry = Telemetry(f"splitfire-{settings.role}", settings.trace_file)
         loop = asyncio.get_running_loop()
         self._host = EngineHost(loaded.engine, loop, self._on_started, self._on_step, self._on_crash)
-        slot_bytes = max(settings.slot_size, slot_bytes_for(loaded.layout.block_bytes))
+        widest = replace(loaded.layout, dtype="fp32")  # what any peer's pool may ask for
+        slot_bytes = max(settings.slot_size, slot_bytes_for(widest.block_bytes))
         options = AgentOptions(settings.send_slots, settings.receive_slots, slot_bytes)
         self.agent = TransferAgent(transport, self.incarnation, loaded.fingerprint.digest, options)
         context = WorkerContext(self.worker_id, self._host, self.agent, loaded.layout, self._telemetry)
@@ -136,7 +138,7 @@ class Worker:
                 total_blocks=loaded.engine.blocks.num_blocks,
                 max_running=self.settings.max_running,
                 max_context=loaded.max_context,
-                chunk_tokens=self.settings.chunk_tokens,
+                chunk_tokens=loaded.chunk_tokens,
             ),
             host=host_id(),
         )
@@ -252,10 +254,8 @@ class Worker:
             gb_per_s=round(bytes_per_s / 1e9, 2),
         )
         if is_same_host and path == "network":
-            log.warning(
-                "KV between two workers of this host goes over the network: check /dev/shm, UCX_TLS, and that containers share IPC and PID namespaces",
-                peer=peer.worker_id,
-            )
+            advice = "check /dev/shm, UCX_TLS, and that containers share IPC and PID namespaces"
+            log.warning("KV between two workers of this host goes over the network", peer=peer.worker_id, advice=advice)
         pair = fleet_pb2.PairMeasurement(
             peer_incarnation=peer.incarnation, transport=name, path=path, round_trip_s=round_trip_s, bytes_per_s=bytes_per_s
         )
@@ -286,10 +286,8 @@ class Worker:
     async def _watch(self) -> None:
         """Keeps health true, ends a drain when nothing is left, and the process when its engine is lost."""
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), WATCH_EVERY_S)
-            except TimeoutError:
-                pass
             self._changed.clear()
             await self._health.set_serving(not self._is_draining and any(link.is_attached for link in self._links))
             if self._is_draining and not self._num_jobs:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from splitfire.engine.engine import SequenceUpdate
 from tests.checkpoints import VOCAB, assert_greedy, family_configs, save_checkpoint
 from tests.engines import assert_no_leaks, drain, load_model, make_engine, make_spec, tokens_of
 
@@ -23,7 +24,7 @@ def test_tokens_equal_transformers(family: str, block_size: int, chunk_tokens: i
     for length in (1, 2, block_size - 1, block_size, block_size + 1, 100, 333, 600):
         prompt = [draw.randrange(VOCAB) for _ in range(length)]
         specs.append(make_spec(prompt, 4 + length % 7, block_size=block_size))
-    updates = []
+    updates: list[SequenceUpdate] = []
     for spec in specs:  # they join at different steps, and leave at different ones
         engine.add(spec)
         updates += engine.step().updates

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -71,8 +72,8 @@ def ucx_transports() -> tuple[Transport, Transport]:
 
 
 @pytest.fixture(params=[memory_transports, ucx_transports], ids=["memory", "ucx"])
-def transports(request: pytest.FixtureRequest) -> Iterator[Callable[[], tuple[Transport, Transport]]]:
-    yield request.param
+def transports(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
 def play(scene: Coroutine[object, object, None]) -> None:

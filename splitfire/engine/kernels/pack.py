@@ -47,8 +47,12 @@ def unpack(pool: KvPool, block_ids: Sequence[int], dtype: str, payload: Tensor) 
 def block_sums(payload: Tensor, num_blocks: int) -> list[int]:
     """payload [num_blocks * block bytes] uint8 -> one unsigned 64-bit sum a block. Block bytes are a multiple of 8."""
     words = payload.view(torch.int64).view(num_blocks, -1)
-    multipliers = _multipliers(words.shape[1]).to(payload.device)
-    return [s & (1 << 64) - 1 for s in (words * multipliers).sum(1).tolist()]
+    multipliers = _multipliers(words.shape[1])
+    if payload.device.type == "cpu":  # one pass over the data, twice as fast as torch's two
+        sums = np.einsum("ij,j->i", words.numpy(), multipliers.numpy()).tolist()
+    else:
+        sums = (words * multipliers.to(payload.device)).sum(1).tolist()
+    return [s & (1 << 64) - 1 for s in sums]
 
 
 @lru_cache(maxsize=8)

@@ -32,6 +32,8 @@ class CacheTargets:
 
 @dataclass(frozen=True, slots=True)
 class QkNorm:
+    """Qwen3's norm of each query and key head."""
+
     q_weight: Tensor  # [head_dim]
     k_weight: Tensor  # [head_dim]
     eps: float

@@ -42,12 +42,16 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
+    """A token and its log-probability."""
+
     token_id: int
     logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
+    """The drawn token, and the most likely ones beside it when asked for."""
+
     token_id: int
     logprob: float | None  # when asked for
     top: tuple[ScoredToken, ...]

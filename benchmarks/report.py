@@ -1,0 +1,84 @@
+"""One result file for every benchmark: machine, commit, command, versions, and rows whose ratio is larger when we are better."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "ucxx-cu12", "grpcio", "tokenizers", "uvloop")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison. `target` is a bound on `ratio` or on `ours`, said in words."""
+
+    case: str
+    metric: str
+    unit: str
+    ours: float
+    opponent: float | None
+    opponent_name: str
+    ratio: float | None  # larger is better for us
+    target: str
+    met: bool | None
+    spread: float  # half of the middle 80 % of ours, in units
+
+
+def half_spread(values: Sequence[float]) -> float:
+    """Half the distance between the 10th and 90th percentile."""
+    if len(values) < 3:
+        return 0.0
+    tenths = statistics.quantiles(values, n=10)
+    return (tenths[-1] - tenths[0]) / 2
+
+
+def machine() -> str:
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    memory = int(Path("/proc/meminfo").read_text().split()[1]) // 1048576
+    return f"{model}, {len(__import__('os').sched_getaffinity(0))} cores, {memory} GiB, Linux {platform.release().split('-')[0]}"
+
+
+def commit() -> str:
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return described.stdout.strip() or "unknown"
+
+
+def write(name: str, rows: Sequence[Row], command: str | None = None) -> Path:
+    """Writes `results/<name>.json` and prints the same as a table."""
+    report = {
+        "benchmark": name,
+        "machine": machine(),
+        "commit": commit(),
+        "command": command or " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "rows": [asdict(row) for row in rows],
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    table = Table(title=f"{name}: {report['machine']}, {report['commit']}", box=None, header_style="bold")
+    for title in ("case", "metric", "ours", "opponent", "ratio", "target", "met"):
+        table.add_column(title, justify="right" if title in ("ours", "opponent", "ratio") else "left")
+    for row in rows:
+        opponent = "" if row.opponent is None else f"{row.opponent:.4g} ({row.opponent_name})"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        met = "" if row.met is None else "yes" if row.met else "NO"
+        table.add_row(row.case, row.metric, f"{row.ours:.4g} ± {row.spread:.2g} {row.unit}", opponent, ratio, row.target, met)
+    Console(width=160).print(table)
+    return path

@@ -1,0 +1,275 @@
+"""Split = aggregated = transformers, KV bytes equal, and nothing left behind, through the real services and agents."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitfire.core.sampling import SamplingParams
+from splitfire.engine.engine import Engine, Reservation
+from splitfire.engine.kernels.sample import noise_key
+from splitfire.engine.sequence import Purpose
+from splitfire.v1 import fleet_pb2, inference_pb2
+from tests.checkpoints import VOCAB, assert_greedy, family_configs, save_checkpoint
+from tests.engines import load_model, make_engine, make_spec
+from tests.rig import Answer, Rig, play, until
+
+WHOLE = fleet_pb2.PART_WHOLE
+LENGTHS = (1, 2, 31, 32, 33, 100, 333, 600)
+
+
+def prompts(seed: str, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(VOCAB) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("family", sorted(family_configs()))
+def test_split_equals_aggregated_equals_transformers(family: str, tmp_path: Path) -> None:
+    oracle = save_checkpoint(family_configs()[family], tmp_path)
+    model = load_model(tmp_path)
+
+    async def scene() -> None:
+        rig = Rig(
+            make_engine(model, block_size=16, chunk_tokens=48), make_engine(model, block_size=16, num_blocks=256, chunk_tokens=80)
+        )
+        asked: list[tuple[list[int], int, Answer, Answer]] = []
+        for i, prompt in enumerate(prompts(family)):
+            count = 3 + i
+            asked.append((prompt, count, rig.ask(prompt, count), rig.ask(prompt, count, part=WHOLE)))
+            await asyncio.sleep(0.005)
+        await until(lambda: all(a.end and b.end for _, _, a, b in asked))
+        for prompt, count, split, whole in asked:
+            assert len(split.ids()) == count
+            assert split.ids() == whole.ids(), len(prompt)
+            assert_greedy(oracle, prompt, split.ids())
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    save_checkpoint(family_configs()["llama"], path)
+    return path
+
+
+def test_sampled_tokens_do_not_depend_on_how_they_are_made(llama: Path) -> None:
+    """Alone, batched, split, aggregated, resumed in the middle: the same seed gives the same tokens."""
+    model = load_model(llama)
+    sampling = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=7, repetition_penalty=1.1, presence_penalty=0.2)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model, chunk_tokens=64), make_engine(model, num_blocks=256))
+        for prompt in prompts("sampled", (5, 64, 200)):
+            alone = rig.ask(prompt, 20, part=WHOLE, sampling=sampling)
+            await until(lambda a=alone: a.end is not None)  # type: ignore[misc]
+            crowd = [rig.ask(p, 20, part=WHOLE) for p in prompts("crowd", (9, 40, 77))]
+            batched, split = rig.ask(prompt, 20, part=WHOLE, sampling=sampling), rig.ask(prompt, 20, sampling=sampling)
+            resumed = rig.ask(prompt, 20, sampling=sampling, output=alone.ids()[:7])
+            other = rig.ask(prompt, 20, sampling=sampling, choice=1)
+            await until(lambda: all(a.end is not None for a in (*crowd, batched, split, resumed, other)))  # noqa: B023
+            assert alone.ids() == batched.ids() == split.ids()
+            assert resumed.ids() == alone.ids()[7:]
+            assert other.ids() != alone.ids()
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def test_noise_keys_differ() -> None:
+    keys = {noise_key(seed, choice, position) for seed in range(20) for choice in range(8) for position in range(50)}
+    assert len(keys) == 20 * 8 * 50
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("chunk_tokens", [32, 100, 512])
+def test_kv_bytes_equal(llama: Path, block_size: int, chunk_tokens: int) -> None:
+    """P12: what decode holds is bit for bit what a local prefill with the same chunk plan would have written."""
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(
+            make_engine(model, block_size=block_size, chunk_tokens=chunk_tokens),
+            make_engine(model, block_size=block_size, num_blocks=256),
+        )
+        local = make_engine(model, block_size=block_size, chunk_tokens=chunk_tokens)
+        for prompt in prompts("bytes", (1, block_size - 1, block_size, block_size + 1, 150)):
+            taken: list[torch.Tensor] = []
+            decode = rig.decode.engine
+            join = decode.join
+            decode.join = spy_on_joins(decode, taken)  # type: ignore[method-assign]
+            answer = rig.ask(prompt, 2)
+            await until(lambda a=answer: a.end is not None)  # type: ignore[misc]
+            decode.join = join  # type: ignore[method-assign]
+            expected = local_kv(local, prompt)
+            assert torch.equal(taken[0].view(torch.int32), expected.view(torch.int32))
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def spy_on_joins(engine: Engine, taken: list[torch.Tensor]) -> Callable[[Reservation, int], None]:
+    """`engine.join` that first copies what the blocks hold."""
+    join = engine.join
+
+    def spy(reservation: Reservation, token: int) -> None:
+        taken.append(engine.runner.pool.data[reservation.block_ids].clone())
+        join(reservation, token)
+
+    return spy
+
+
+def local_kv(engine: Engine, prompt: list[int]) -> torch.Tensor:
+    spec = make_spec(prompt, 2, purpose=Purpose.PREFILL, block_size=engine.runner.pool.layout.block_size)
+    engine.add(spec)
+    block_ids: tuple[int, ...] = ()
+    while engine.has_work:
+        for update in engine.step().updates:
+            block_ids = update.block_ids
+    blocks = engine.runner.pool.data[list(block_ids)].clone()
+    valid = len(prompt) - (len(block_ids) - 1) * engine.runner.pool.layout.block_size
+    blocks[-1, :, :, :, valid:] = 0  # K14: positions past the valid tokens travel as zeros
+    engine.finish(spec.seq_id)
+    return blocks
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "fp16")])
+def test_pools_of_different_precision_exchange_kv(llama: Path, prefill: str, decode: str) -> None:
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model, dtype=prefill), make_engine(model, dtype=decode))
+        answers = [rig.ask(p, 5) for p in prompts("dtypes", (1, 40, 130))]
+        await until(lambda: all(a.end for a in answers))
+        assert all(len(a.ids()) == 5 for a in answers)
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def test_only_what_decode_misses_moves(llama: Path) -> None:
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model), make_engine(model))
+        [prompt] = prompts("prefix", (200,))
+        moved = []
+        answers = []
+        for tail in ([1, 2, 3], [4, 5, 6]):
+            answer = rig.ask([*prompt, *tail], 4)
+            await until(lambda a=answer: a.end is not None)  # type: ignore[misc]
+            answers.append(answer)
+            assert answer.end is not None
+            moved.append(answer.end.kv_transfer.blocks)
+        assert moved == [7, 1]
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def test_one_token_never_moves_anything(llama: Path) -> None:
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model), make_engine(model))
+        answer = rig.ask([1, 2, 3], 1)
+        await until(lambda: answer.end is not None)
+        assert answer.end is not None
+        assert answer.end.reason == inference_pb2.FINISH_REASON_LENGTH
+        assert len(answer.ids()) == 1
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def test_a_first_token_that_ends_the_request_withdraws_the_transfer(llama: Path) -> None:
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model), make_engine(model))
+        [prompt] = prompts("eos", (100,))
+        first = rig.ask(prompt, 1)
+        await until(lambda: first.end is not None)
+        answer = rig.ask(prompt, 10, stop=frozenset(first.ids()))
+        await until(lambda: answer.end is not None)
+        assert answer.end is not None
+        assert answer.end.reason == inference_pb2.FINISH_REASON_STOP
+        assert answer.ids() == first.ids()
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("turns", [0, 1, 3, 6, 10, 15, 25, 40, 80])
+def test_cancel_at_any_time_frees_everything(llama: Path, turns: int) -> None:
+    """F46: whatever stage it is in, both workers hold nothing afterwards, and its batch mate never notices."""
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model, chunk_tokens=32), make_engine(model), receive_slots=2)
+        mate_prompt, prompt = prompts("cancel", (50, 400))
+        expected = rig.ask(mate_prompt, 30)
+        await until(lambda: expected.end is not None)
+        mate = rig.ask(mate_prompt, 30)
+        answer = rig.ask(prompt, 50)
+        for _ in range(turns):
+            await asyncio.sleep(0.001)
+        rig.cancel(answer)
+        began = asyncio.get_running_loop().time()
+        await until(lambda: mate.end is not None)
+        await rig.settle()
+        assert asyncio.get_running_loop().time() - began < 5
+        assert mate.ids() == expected.ids()
+        assert not answer.refusals
+        rig.close()
+
+    play(scene())
+
+
+def test_a_pool_too_small_for_all_serves_them_one_after_another(llama: Path) -> None:
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model, num_blocks=40), make_engine(model, num_blocks=14))
+        answers = [rig.ask(p, 12) for p in prompts("small", (150, 160, 170, 180, 190))]
+        await until(lambda: all(a.end or a.refusals for a in answers))
+        done = [a for a in answers if a.end]
+        assert done
+        for answer in done:
+            assert len(answer.ids()) == 12
+        for answer in answers:
+            assert all(r.is_retryable for r in answer.refusals)
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def test_a_dead_prefill_worker_frees_decode_at_once(llama: Path) -> None:
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model, chunk_tokens=32), make_engine(model))
+        [prompt] = prompts("dead", (600,))
+        answer = rig.ask(prompt, 5)
+        await until(lambda: rig.decode.engine.load().available_blocks < 128)
+        rig.hub.lose(rig.prefill.agent.transport.address)
+        rig.decode.agent.peer_gone(rig.prefill.agent.incarnation)
+        assert rig.decode.engine.load().available_blocks == 128
+        assert [r.is_retryable for r in answer.refusals] == [True]
+        rig.close()
+
+    play(scene())
