@@ -222,10 +222,11 @@ def _read_safetensors_header(file: Path) -> dict[str, TensorEntry]:
         prefix = handle.read(8)
         if len(prefix) < 8:
             raise ModelError(f"{file.name}: is {size} bytes long, too short for a safetensors file")
-        if prefix[:4] == b"PK\x03\x04" or prefix[:1] == b"\x80":
-            raise ModelError(f"{file.name}: is a zip archive or a pickle, not a safetensors file; accepted: safetensors only")
         (length,) = struct.unpack("<Q", prefix)
-        if not 2 <= length <= min(limits.MAX_SAFETENSORS_HEADER_BYTES, size - 8):
+        is_in_range = 2 <= length <= min(limits.MAX_SAFETENSORS_HEADER_BYTES, size - 8)
+        if not is_in_range and (prefix[:4] == b"PK\x03\x04" or prefix[:1] == b"\x80"):
+            raise ModelError(f"{file.name}: is a zip archive or a pickle, not a safetensors file; accepted: safetensors only")
+        if not is_in_range:
             raise ModelError(
                 f"{file.name}: header length is {length}, accepted: 2 to {limits.MAX_SAFETENSORS_HEADER_BYTES} "
                 f"and within the file ({size} bytes)"

@@ -1,0 +1,155 @@
+"""The block pool: conservation in any order of operations, leaf-first eviction, names shared only when full."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from splitfire.core.hashing import BlockHash, chain_root, hash_blocks
+from splitfire.engine.blocks import BlockId, BlockPool, BlockState
+
+ROOT = chain_root(b"", b"model", "")
+
+
+def names(*tokens: int) -> list[BlockHash]:
+    """Chained names of blocks of one token each."""
+    return list(hash_blocks(ROOT, tokens, 1))
+
+
+def fill(pool: BlockPool, chain: list[BlockHash]) -> list[BlockId]:
+    """A sequence that computes the blocks of `chain`, sharing what is cached."""
+    found = pool.match(chain)
+    rest = pool.allocate(len(chain) - len(found))
+    assert rest is not None
+    for block_id, name in zip(rest, chain[len(found) :], strict=True):
+        pool.commit(block_id, name)
+    return [*found, *rest]
+
+
+def test_a_released_prefix_is_found_again() -> None:
+    pool = BlockPool(8)
+    first = fill(pool, names(1, 2, 3))
+    pool.release(first)
+    assert pool.counts()[BlockState.CACHED] == 3
+    assert pool.match(names(1, 2, 9)) == first[:2]
+    assert pool.counts()[BlockState.COMMITTED] == 2
+    pool.check()
+
+
+def test_nothing_is_shared_before_it_is_full() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(2)
+    assert blocks is not None
+    assert pool.match(names(1, 2)) == []
+    pool.commit(blocks[0], names(1)[0])
+    assert pool.match(names(1, 2)) == [blocks[0]]
+
+
+def test_leaves_are_evicted_before_their_parents() -> None:
+    pool = BlockPool(6)
+    trunk, left, right = names(1, 2), names(1, 2, 3, 4), names(1, 2, 5, 6)
+    a, b = fill(pool, left), fill(pool, right)
+    pool.release(a)
+    pool.release(b)
+    for expected_left in (5, 4, 3, 2):
+        taken = pool.allocate(1)
+        assert taken is not None
+        assert pool.num_cached_of(left) + pool.num_cached_of(right) - 2 >= expected_left - 2
+        assert pool.num_cached_of(trunk) == 2, "the trunk went before its leaves"
+
+
+def test_the_same_content_computed_twice_is_indexed_once() -> None:
+    pool = BlockPool(4)
+    one, two = pool.allocate(1), pool.allocate(1)
+    assert one is not None
+    assert two is not None
+    [name] = names(1)
+    pool.commit(one[0], name)
+    pool.commit(two[0], name)
+    assert pool.match([name]) == one
+    pool.release(two)
+    assert pool.state(two[0]) is BlockState.FREE
+    pool.check()
+
+
+def test_too_many_blocks_change_nothing() -> None:
+    pool = BlockPool(4)
+    held = pool.allocate(3)
+    assert held is not None
+    assert pool.allocate(2) is None
+    assert pool.num_available == 1
+    pool.check()
+
+
+def test_releasing_twice_is_a_bug_that_shows() -> None:
+    pool = BlockPool(2)
+    held = pool.allocate(1)
+    assert held is not None
+    pool.release(held)
+    with pytest.raises(AssertionError, match="released twice"):
+        pool.release(held)
+
+
+def test_without_prefix_caching_everything_is_free_again() -> None:
+    pool = BlockPool(4, caches_prefixes=False)
+    pool.release(fill(pool, names(1, 2)))
+    assert pool.counts()[BlockState.FREE] == 4
+    assert pool.match(names(1, 2)) == []
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Sequences come, grow, commit, hand over and go in any order; the pool's books always balance (P4)."""
+
+    @initialize(size=st.integers(4, 24))
+    def start(self, size: int) -> None:
+        self.pool = BlockPool(size)
+        self.held: list[tuple[list[BlockId], list[BlockHash]]] = []
+        self.random = random.Random(size)
+
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=6), reserved=st.booleans())
+    def begin(self, tokens: list[int], reserved: bool) -> None:
+        chain = names(*tokens)
+        found = self.pool.match(chain)
+        rest = self.pool.allocate(len(chain) - len(found), BlockState.RESERVED if reserved else BlockState.FILLING)
+        if rest is None:
+            self.pool.release(found)
+            return
+        for block_id, name in zip(rest, chain[len(found) :], strict=True):
+            if self.random.random() < 0.8:
+                self.pool.commit(block_id, name)
+        self.held.append(([*found, *rest], chain))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        blocks, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.pool.release(blocks)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def grow(self, data: st.DataObject) -> None:
+        blocks, _ = self.held[data.draw(st.integers(0, len(self.held) - 1))]
+        more = self.pool.allocate(1)
+        if more is not None:
+            blocks.extend(more)
+
+    @invariant()
+    def books_balance(self) -> None:
+        if hasattr(self, "pool"):
+            self.pool.check()
+            used = {b for blocks, _ in self.held for b in blocks}
+            assert self.pool.num_blocks - self.pool.num_available == len(used)
+
+    def teardown(self) -> None:
+        if hasattr(self, "pool"):
+            for blocks, _ in self.held:
+                self.pool.release(blocks)
+            assert self.pool.num_available == self.pool.num_blocks
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_books_balance = PoolMachine.TestCase

@@ -1,0 +1,121 @@
+"""The sampler is a function, and it draws from the right distribution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from splitfire.core.sampling import SamplingParams, TokenBias
+from splitfire.engine.kernels.sample import GUMBEL_MAX, GUMBEL_MIN, SampleRow, gumbel, noise_key, sample
+
+VOCAB = 50
+
+
+def row(
+    position: int = 0,
+    choice: int = 0,
+    prompt: tuple[int, ...] = (),
+    output: tuple[int, ...] = (),
+    blocked: tuple[int, ...] = (),
+    **changes: object,
+) -> SampleRow:
+    return SampleRow(SamplingParams(**changes), choice, position, prompt, output, frozenset(blocked))  # type: ignore[arg-type]
+
+
+def draws(logits: torch.Tensor, count: int, **changes: object) -> torch.Tensor:
+    """Share of each token among `count` positions."""
+    rows = [row(position, seed=11, **changes) for position in range(count)]
+    tokens = [t.token_id for t in sample(logits.expand(count, -1), rows)]
+    return torch.bincount(torch.tensor(tokens), minlength=logits.numel()) / count
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_tokens_are_drawn_from_the_softmax(logits: torch.Tensor, temperature: float) -> None:
+    count = 20_000
+    share = draws(logits, count, temperature=temperature)
+    expected = (logits / temperature).softmax(-1)
+    # Five standard deviations of a binomial share.
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
+
+
+def test_filters_keep_what_they_should(logits: torch.Tensor) -> None:
+    ranked = logits.argsort(descending=True).tolist()
+    probabilities = logits.softmax(-1)
+    assert set(draws(logits, 2000, top_k=3).nonzero().flatten().tolist()) == set(ranked[:3])
+    kept, total = set(), 0.0
+    for token in ranked:
+        kept.add(token)
+        total += float(probabilities[token])
+        if total >= 0.6:
+            break
+    assert set(draws(logits, 4000, top_p=0.6).nonzero().flatten().tolist()) == kept
+    floor = float(probabilities.max()) * 0.3
+    likely = {t for t in range(VOCAB) if probabilities[t] >= floor}
+    assert set(draws(logits, 4000, min_p=0.3).nonzero().flatten().tolist()) == likely
+
+
+def test_a_tiny_top_p_is_greedy(logits: torch.Tensor) -> None:
+    assert draws(logits, 50, top_p=1e-6)[logits.argmax()] == 1.0
+
+
+def test_noise_only_where_it_matters_changes_nothing(logits: torch.Tensor) -> None:
+    """The shortcut of `_draw` against noise for every token."""
+    every = torch.arange(VOCAB)
+    for position in range(300):
+        expected = int((logits.double() + gumbel(noise_key(5, 0, position), every)).argmax())
+        assert sample(logits[None], [row(position, seed=5)])[0].token_id == expected
+
+
+def test_noise_stays_within_its_bounds() -> None:
+    noise = gumbel(noise_key(1, 2, 3), torch.arange(500_000))
+    assert float(noise.min()) >= GUMBEL_MIN - 1e-9
+    assert float(noise.max()) <= GUMBEL_MAX + 1e-9
+    assert abs(float(noise.mean()) - 0.5772) < 0.01
+    assert abs(float(noise.std()) - math.pi / math.sqrt(6)) < 0.01
+
+
+def test_rows_do_not_influence_one_another(logits: torch.Tensor) -> None:
+    rows = [row(i, temperature=0.0 if i % 3 == 0 else 1.0, seed=i, top_p=0.9) for i in range(30)]
+    together = [t.token_id for t in sample(logits.expand(30, -1), rows)]
+    alone = [sample(logits[None], [r])[0].token_id for r in rows]
+    assert together == alone
+
+
+def test_greedy_is_the_argmax_and_a_tiny_temperature_is_greedy(logits: torch.Tensor) -> None:
+    for temperature in (0.0, 5e-324, 1e-5):
+        assert sample(logits[None], [row(temperature=temperature)])[0].token_id == int(logits.argmax())
+
+
+def test_penalties_follow_their_definitions(logits: torch.Tensor) -> None:
+    top, second = logits.topk(2).indices.tolist()
+    assert float(logits[top]) > 0
+    assert sample(logits[None], [row(temperature=0.0, prompt=(top,), repetition_penalty=50.0)])[0].token_id == second
+    assert sample(logits[None], [row(temperature=0.0, prompt=(top,), presence_penalty=2.0)])[0].token_id == top, (
+        "prompts do not count"
+    )
+    gap = float(logits[top] - logits[second])
+    often = (top,) * 40
+    assert sample(logits[None], [row(temperature=0.0, output=often, frequency_penalty=gap / 40 * 1.01)])[0].token_id == second
+    assert sample(logits[None], [row(temperature=0.0, output=often, frequency_penalty=gap / 40 * 0.99)])[0].token_id == top
+
+
+def test_bias_and_blocked_tokens(logits: torch.Tensor) -> None:
+    assert sample(logits[None], [row(temperature=0.0, logit_bias=(TokenBias(7, 100.0),))])[0].token_id == 7
+    top = int(logits.argmax())
+    assert sample(logits[None], [row(temperature=0.0, blocked=(top,))])[0].token_id != top
+
+
+def test_logprobs_are_the_models_own(logits: torch.Tensor) -> None:
+    [token] = sample(logits[None], [row(temperature=3.0, seed=2, logprobs=4, logit_bias=(TokenBias(1, 5.0),))])
+    expected = logits.log_softmax(-1)
+    assert token.logprob == pytest.approx(float(expected[token.token_id]))
+    assert [t.token_id for t in token.top] == expected.topk(4).indices.tolist()
+    assert sample(logits[None], [row(logprobs=0)])[0].top == ()
+    assert sample(logits[None], [row()])[0].logprob is None

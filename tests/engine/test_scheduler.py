@@ -1,0 +1,140 @@
+"""The scheduler: chunks beside decodes, whole blocks per chunk, preemption that always leaves progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitfire.core.lifecycle import Seq as State
+from splitfire.engine.blocks import BlockPool
+from splitfire.engine.scheduler import Budget, Scheduler, Slice
+from splitfire.engine.sequence import Purpose, Sequence
+from tests.engines import make_spec
+
+BLOCK = 8
+
+
+class Bench:
+    """A scheduler whose model is `token = 1`."""
+
+    def __init__(self, num_blocks: int, chunk_tokens: int = 32, max_running: int = 8) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.scheduler = Scheduler(self.pool, Budget(chunk_tokens, max_running))
+        self.num_added = 0
+
+    def add(
+        self, length: int, max_tokens: int, *, priority: int = 0, token: int = 0, purpose: Purpose = Purpose.GENERATE
+    ) -> Sequence:
+        spec = make_spec([token + i for i in range(length)], max_tokens, block_size=BLOCK, priority=priority, purpose=purpose)
+        sequence = Sequence(spec, self.num_added, BLOCK)
+        self.num_added += 1
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> list[Slice]:
+        slices = self.scheduler.schedule()
+        for piece in slices:
+            self.scheduler.computed(piece)
+            sequence = piece.sequence
+            if piece.end == sequence.num_tokens:
+                sequence.tokens.append(1)
+                if sequence.num_output >= sequence.spec.stopping.max_tokens:
+                    self.scheduler.finish(sequence)
+                elif sequence.spec.purpose is Purpose.PREFILL:
+                    self.scheduler.hold(sequence)
+        self.pool.check()
+        return slices
+
+    def run(self, sequences: Seq[Sequence], max_steps: int = 5000) -> int:
+        for count in range(max_steps):
+            if all(s.state is State.FINISHED for s in sequences):
+                return count
+            self.step()
+        raise AssertionError("no progress")
+
+
+def sizes(slices: Seq[Slice]) -> list[tuple[int, int]]:
+    return [(s.begin, s.end) for s in slices]
+
+
+def test_a_long_prompt_goes_in_chunks_of_whole_blocks() -> None:
+    bench = Bench(32, chunk_tokens=20)
+    bench.add(50, 1)
+    assert [sizes(bench.step()) for _ in range(3)] == [[(0, 16)], [(16, 32)], [(32, 50)]]
+
+
+def test_decodes_go_first_and_a_chunk_takes_what_is_left() -> None:
+    bench = Bench(64, chunk_tokens=20)
+    short = bench.add(8, 100)
+    bench.step()
+    long = bench.add(64, 1, token=100)
+    slices = bench.step()
+    assert [(s.sequence, s.begin, s.end) for s in slices] == [(short, 8, 9), (long, 0, 16)]
+
+
+def test_higher_classes_go_first_and_older_ones_within_a_class() -> None:
+    bench = Bench(64, chunk_tokens=8, max_running=1)
+    low, first, second = bench.add(8, 1, priority=1), bench.add(8, 1, priority=2, token=50), bench.add(8, 1, priority=2, token=90)
+    order = []
+    while len(order) < 3:
+        order += [s.sequence for s in bench.step()]
+    assert order == [first, second, low]
+
+
+def test_a_prompt_waits_until_all_of_it_has_room() -> None:
+    bench = Bench(4)
+    bench.add(24, 2)
+    waiting = bench.add(24, 2, token=100)
+    bench.step()
+    assert waiting.state is State.WAITING
+    assert waiting.block_ids == []
+
+
+def test_a_cached_prefix_is_not_computed_again() -> None:
+    bench = Bench(16, chunk_tokens=64)
+    first = bench.add(24, 1)
+    bench.run([first])
+    bench.add(24, 1)
+    assert sizes(bench.step()) == [(16, 24)]  # never the whole prompt: one token at least must be computed to sample from
+
+
+def test_a_held_prompt_keeps_its_blocks_until_it_is_finished() -> None:
+    bench = Bench(4)
+    held = bench.add(16, 5, purpose=Purpose.PREFILL)
+    bench.step()
+    assert held.state is State.HELD
+    assert bench.pool.num_available == 2
+    assert bench.step() == []
+    bench.scheduler.finish(held)
+    assert bench.pool.num_available == 4
+
+
+def test_the_newest_gives_way_and_comes_back_with_its_tokens() -> None:
+    bench = Bench(6)
+    old, new = bench.add(16, 20), bench.add(16, 20, token=100)
+    bench.run([old])
+    assert bench.scheduler.num_preemptions >= 1
+    tokens = list(new.tokens)
+    bench.run([new])
+    assert new.tokens[: len(tokens)] == tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2)), min_size=1, max_size=8),
+    num_blocks=st.integers(9, 20),
+    chunk=st.integers(8, 40),
+)
+def test_no_preemption_livelock(shape: list[tuple[int, int, int]], num_blocks: int, chunk: int) -> None:
+    """F26: whatever cannot run together runs one after another, with a bounded number of preemptions."""
+    bench = Bench(num_blocks, chunk_tokens=chunk)
+    sequences = [
+        bench.add(length, count, priority=priority, token=i * 1000)
+        for i, (length, count, priority) in enumerate(shape)
+        if length + count <= 64
+    ]
+    bench.run(sequences)
+    assert bench.scheduler.num_preemptions <= 40 * len(shape)
+    assert bench.pool.num_available == bench.pool.num_blocks
