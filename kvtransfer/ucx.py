@@ -14,6 +14,7 @@ import asyncio
 import mmap
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class UcxTransport:
     name = "ucx"
 
     def __init__(self, devices: str | None = None) -> None:
+        _check_devices(devices)
         options = {"NET_DEVICES": devices} if devices else {}
         try:
             self._context = libucxx.UCXContext(options, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
@@ -151,6 +153,14 @@ class UcxTransport:
     def _deliver(self, exc: Exception | None, data: Any) -> None:
         if exc is None and self._on_control is not None:
             self._on_control(memoryview(data))
+
+
+def _check_devices(devices: str | None) -> None:
+    """UCX only warns of a device that does not exist, and then has no network at all."""
+    existing = [entry.name for place in ("/sys/class/net", "/sys/class/infiniband") for entry in sorted(Path(place).glob("*"))]
+    for device in devices.split(",") if devices else ():
+        if existing and device.split(":")[0] not in existing:
+            raise ConfigError(f"ucx_devices: there is no {device}; this machine has {', '.join(existing)}")
 
 
 class _UcxLink:

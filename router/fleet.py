@@ -180,7 +180,7 @@ class Fleet:
         for other in self._workers.values():
             if other.is_prefill is not worker.is_prefill:
                 other.send(peer_gone=fleet_pb2.PeerGone(incarnation=worker.incarnation))
-        attempts, worker.attempts = dict(worker.attempts), {}
+        attempts, worker.attempts, worker.waiting_tokens = worker.attempts, {}, {}
         for events in attempts.values():
             events.on_lost(worker.incarnation)
         log.info("worker detached", worker_id=worker.hello.worker_id, attempts_lost=len(attempts), num_workers=len(self._workers))

@@ -40,8 +40,14 @@ class TextPool:
 
     async def start(self) -> None:
         """ModelError when the tokenizer or the chat template cannot be used."""
-        for process in await asyncio.gather(*(_Process.start(self._model) for _ in range(NUM_PROCESSES))):
-            self._idle.put_nowait(process)
+        started = await asyncio.gather(*(_Process.start(self._model) for _ in range(NUM_PROCESSES)), return_exceptions=True)
+        for process in started:
+            if isinstance(process, _Process):
+                self._idle.put_nowait(process)
+        for failure in started:
+            if isinstance(failure, BaseException):
+                await self.close()
+                raise failure
 
     async def close(self) -> None:
         for task in self._replacing:

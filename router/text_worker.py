@@ -22,7 +22,7 @@ from splitfire.core.errors import ModelError
 from splitfire.core.limits import MAX_RENDERED_CHARS
 from splitfire.core.model_dir import ModelDir
 
-MAX_MEMORY_BYTES = 4 << 30
+MAX_MEMORY_BYTES = 2 << 30
 SELF_TEST = ("Hello, world!", "def f(x):\n\treturn x  # é 漢字 🙂", " \n\n\t ", "a" * 1000)
 PROBE_CHAT = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Bye"})
 

@@ -22,8 +22,7 @@ from splitfire.worker.worker import Worker
 SWITCH_INTERVAL_S = 0.0005  # between the engine thread and the io thread; Python's default of 5 ms is a token
 
 
-async def serve(settings: WorkerSettings, loaded: LoadedModel) -> int:
-    transport = UcxTransport(None if settings.ucx_devices == "all" else settings.ucx_devices)
+async def serve(settings: WorkerSettings, loaded: LoadedModel, transport: UcxTransport) -> int:
     worker = Worker(settings, loaded, transport, lambda context: (PrefillService(context), DecodeService(context)))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -39,8 +38,8 @@ def main() -> int:
         if settings.cpu_numbers:
             pin(settings.cpu_numbers)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        loaded = load_model(settings)
-        return uvloop.run(serve(settings, loaded))
+        transport = UcxTransport(None if settings.ucx_devices == "all" else settings.ucx_devices)
+        return uvloop.run(serve(settings, load_model(settings), transport))
     except ConfigError as exc:
         return exit_with(exc)
 

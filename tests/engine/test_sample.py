@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ def row(
     prompt: tuple[int, ...] = (),
     output: tuple[int, ...] = (),
     blocked: tuple[int, ...] = (),
-    **changes: object,
+    **changes: Any,
 ) -> SampleRow:
-    return SampleRow(SamplingParams(**changes), choice, position, prompt, output, frozenset(blocked))  # type: ignore[arg-type]
+    return SampleRow(SamplingParams(**changes), choice, position, prompt, output, frozenset(blocked))
 
 
-def draws(logits: torch.Tensor, count: int, **changes: object) -> torch.Tensor:
+def draws(logits: torch.Tensor, count: int, **changes: Any) -> torch.Tensor:
     """Share of each token among `count` positions."""
     rows = [row(position, seed=11, **changes) for position in range(count)]
     tokens = [t.token_id for t in sample(logits.expand(count, -1), rows)]

@@ -77,7 +77,7 @@ def test_decodes_go_first_and_a_chunk_takes_what_is_left() -> None:
 def test_higher_classes_go_first_and_older_ones_within_a_class() -> None:
     bench = Bench(64, chunk_tokens=8, max_running=1)
     low, first, second = bench.add(8, 1, priority=1), bench.add(8, 1, priority=2, token=50), bench.add(8, 1, priority=2, token=90)
-    order = []
+    order: list[Sequence] = []
     while len(order) < 3:
         order += [s.sequence for s in bench.step()]
     assert order == [first, second, low]

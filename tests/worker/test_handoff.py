@@ -105,7 +105,7 @@ def test_kv_bytes_equal(llama: Path, block_size: int, chunk_tokens: int) -> None
             taken: list[torch.Tensor] = []
             decode = rig.decode.engine
             join = decode.join
-            decode.join = spy_on_joins(decode, taken)  # type: ignore[method-assign]
+            decode.join = spy_on_joins(decode, taken)  # type: ignore[method-assign, assignment]
             answer = rig.ask(prompt, 2)
             await until(lambda a=answer: a.end is not None)  # type: ignore[misc]
             decode.join = join  # type: ignore[method-assign]

@@ -1,0 +1,57 @@
+"""Spans land in a file Perfetto opens; nothing is recorded when tracing is off; a dead collector is nobody's problem."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from splitfire.core.telemetry import Telemetry
+
+
+def test_the_trace_file_is_valid_json_after_every_write(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    one, two = Telemetry("one", path), Telemetry("two", path)
+    assert [e["ph"] for e in json.loads(path.read_text())] == ["M", "M"]
+    request = one.begin_request("", 10.0)
+    two.record("prefill", request.traceparent, 10.1, 10.2, {"splitfire.request_id": "r"})
+    one.record("stream", request.traceparent, 10.2, 10.5)
+    one.end_request(request, 10.5, {})
+    two.shutdown()
+    one.shutdown()
+    events = [e for e in json.loads(path.read_text()) if e["ph"] == "X"]
+    assert {e["name"] for e in events} == {"request", "prefill", "stream"}
+    assert {e["args"]["trace_id"] for e in events} == {request.trace_id}
+    [prefill] = [e for e in events if e["name"] == "prefill"]
+    assert prefill["dur"] == pytest.approx(100_000, rel=1e-3)
+
+
+def test_a_clients_own_trace_is_continued() -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    telemetry = Telemetry("x", Path("/dev/null"))
+    assert telemetry.begin_request(parent, 0.0).trace_id == "0af7651916cd43dd8448eb211c80319c"
+    assert telemetry.begin_request("nonsense", 0.0).trace_id not in ("", "0af7651916cd43dd8448eb211c80319c")
+
+
+def test_off_means_nothing_happens() -> None:
+    telemetry = Telemetry("x", None)
+    request = telemetry.begin_request("", 0.0)
+    assert (request.traceparent, request.trace_id) == ("", "")
+    telemetry.record("decode", request.traceparent, 0.0, 1.0)
+    telemetry.shutdown()
+
+
+def test_a_collector_that_is_down_does_not_hold_up_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F68, F69: recording stays cheap, shutting down takes at most two seconds more."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    telemetry = Telemetry("x", None)
+    request = telemetry.begin_request("", 0.0)
+    began = time.perf_counter()
+    for _ in range(5000):  # more than the queue holds
+        telemetry.record("decode", request.traceparent, 0.0, 1.0)
+    assert time.perf_counter() - began < 2.0
+    began = time.perf_counter()
+    telemetry.shutdown()
+    assert time.perf_counter() - began < 3.0

@@ -1,0 +1,264 @@
+"""Group A of bad inputs at the validator: every row gets its typed error, naming the field and what is accepted.
+
+Rows that need a server (B06, B07, B28, B32, B38-B50) are in tests/e2e/test_bad_requests.py and tests/router/test_text.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitfire.core import limits
+from splitfire.core.errors import Code, SplitfireError
+from splitfire.core.model_config import GenerationDefaults
+from splitfire.core.sampling import SamplingParams, StopParams
+from splitfire.core.validation import ModelLimits, ValidRequest, check_request, check_sampling, check_stopping, resolve_stopping
+from splitfire.v1 import inference_pb2 as pb
+
+MODEL = ModelLimits("pico", vocab_size=4096, context_length=2048, eos_token_ids=(0,), has_chat_template=True)
+NAN, INF = math.nan, math.inf
+
+
+def request(text: str | None = "hello", **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text=text, **fields)
+
+
+def sampled(**fields: Any) -> pb.GenerateRequest:
+    return request(sampling=pb.SamplingParams(**fields))
+
+
+def stopped(**fields: Any) -> pb.GenerateRequest:
+    return request(stopping=pb.StoppingParams(**fields))
+
+
+def refusal(message: pb.GenerateRequest, model: ModelLimits = MODEL) -> SplitfireError:
+    with pytest.raises(SplitfireError) as caught:
+        check_request(message, model)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def accepted(message: pb.GenerateRequest, model: ModelLimits = MODEL) -> ValidRequest:
+    return check_request(message, model)
+
+
+BAD: list[tuple[str, pb.GenerateRequest, str]] = [
+    ("B01 nothing", pb.GenerateRequest(), "prompt"),
+    ("B01 empty text", request(""), "prompt"),
+    ("B02 text and ids", request(prompt_token_ids=[1]), "prompt"),
+    ("B02 text and messages", request(messages=[pb.ChatMessage(role="user", content="x")]), "prompt"),
+    ("B10 id = vocabulary", pb.GenerateRequest(prompt_token_ids=[1, 4096]), "prompt_token_ids[1]"),
+    ("B10 id -1", pb.GenerateRequest(prompt_token_ids=[-1]), "prompt_token_ids[0]"),
+    ("B10 id 2^31-1", pb.GenerateRequest(prompt_token_ids=[2**31 - 1]), "prompt_token_ids[0]"),
+    ("B10 id 2^63-1", pb.GenerateRequest(prompt_token_ids=[2**63 - 1]), "prompt_token_ids[0]"),
+    ("B12 max_tokens 0", stopped(max_tokens=0), "stopping.max_tokens"),
+    ("B12 max_tokens -1", stopped(max_tokens=-1), "stopping.max_tokens"),
+    ("B12 max_tokens 2^31", stopped(max_tokens=2**31), "stopping.max_tokens"),
+    ("B12 max_tokens 2^63-1", stopped(max_tokens=2**63 - 1), "stopping.max_tokens"),
+    ("B13 min_tokens alone", stopped(min_tokens=10**9), "stopping.min_tokens"),
+    ("B13 min_tokens -1", stopped(min_tokens=-1), "stopping.min_tokens"),
+    ("B14 min over max", stopped(min_tokens=5, max_tokens=4), "stopping.min_tokens"),
+    ("B15 temperature -1", sampled(temperature=-1), "sampling.temperature"),
+    ("B15 temperature NaN", sampled(temperature=NAN), "sampling.temperature"),
+    ("B15 temperature Inf", sampled(temperature=INF), "sampling.temperature"),
+    ("B15 temperature 1e308", sampled(temperature=1e308), "sampling.temperature"),
+    ("B16 top_p 0", sampled(top_p=0), "sampling.top_p"),
+    ("B16 top_p -0.1", sampled(top_p=-0.1), "sampling.top_p"),
+    ("B16 top_p 1.0001", sampled(top_p=1.0001), "sampling.top_p"),
+    ("B16 top_p NaN", sampled(top_p=NAN), "sampling.top_p"),
+    ("B17 top_k -2", sampled(top_k=-2), "sampling.top_k"),
+    ("min_p 1.5", sampled(min_p=1.5), "sampling.min_p"),
+    ("B18 repetition NaN", sampled(repetition_penalty=NAN), "sampling.repetition_penalty"),
+    ("B18 repetition 0", sampled(repetition_penalty=0), "sampling.repetition_penalty"),
+    ("B18 repetition 1e30", sampled(repetition_penalty=1e30), "sampling.repetition_penalty"),
+    ("B18 presence 1e30", sampled(presence_penalty=1e30), "sampling.presence_penalty"),
+    ("B18 frequency NaN", sampled(frequency_penalty=NAN), "sampling.frequency_penalty"),
+    ("B19 seed -1", sampled(seed=-1), "sampling.seed"),
+    ("B20 n 0", request(n=0), "n"),
+    ("B20 n -1", request(n=-1), "n"),
+    ("B20 n 10^6", request(n=10**6), "n"),
+    ("B20 n 9", request(n=limits.MAX_N + 1), "n"),
+    ("B21 logprobs 10^6", sampled(logprobs=10**6), "sampling.logprobs"),
+    ("B21 logprobs 21", sampled(logprobs=limits.MAX_LOGPROBS + 1), "sampling.logprobs"),
+    ("B21 logprobs -1", sampled(logprobs=-1), "sampling.logprobs"),
+    ("B22 bias id", sampled(logit_bias={4096: 1.0}), "sampling.logit_bias"),
+    ("B22 bias id -1", sampled(logit_bias={-1: 1.0}), "sampling.logit_bias"),
+    ("B22 bias NaN", sampled(logit_bias={1: NAN}), "sampling.logit_bias"),
+    ("B22 bias Inf", sampled(logit_bias={1: INF}), "sampling.logit_bias"),
+    ("B22 too many", sampled(logit_bias=dict.fromkeys(range(limits.MAX_LOGIT_BIAS + 1), 1.0)), "sampling.logit_bias"),
+    ("B25 stop id", stopped(stop_token_ids=[4096]), "stopping.stop_token_ids[0]"),
+    ("B25 stop id -1", stopped(stop_token_ids=[5, -1]), "stopping.stop_token_ids[1]"),
+    ("stop ids", stopped(stop_token_ids=[1] * (limits.MAX_STOP_TOKEN_IDS + 1)), "stopping.stop_token_ids"),
+    ("stop strings", stopped(stop=["x"] * (limits.MAX_STOP_STRINGS + 1)), "stopping.stop"),
+    ("stop string long", stopped(stop=["x" * (limits.MAX_STOP_CHARS + 1)]), "stopping.stop[0]"),
+    ("stop string empty", stopped(stop=["a", ""]), "stopping.stop[1]"),
+    ("B26 model name 10 KB", request(model="m" * 10_000), "model"),
+    ("B26 model NUL", request(model="pico\0"), "model"),
+    ("B29 unknown role", pb.GenerateRequest(messages=[pb.ChatMessage(role="root\n", content="x")]), "messages[0].role"),
+    ("B29 10^5 messages", pb.GenerateRequest(messages=[pb.ChatMessage(role="user", content="x")] * 100_000), "messages"),
+    ("B33 request id 1 MB", request(request_id="r" * 2**20), "request_id"),
+    ("B33 request id newline", request(request_id="a\nb"), "request_id"),
+    ("B33 request id ANSI", request(request_id="\x1b[31m"), "request_id"),
+    ("B33 request id CRLF", request(request_id="a\r\n"), "request_id"),
+    ("priority unknown", request(priority=99), "priority"),
+    ("metadata", request(metadata={str(i): "x" for i in range(limits.MAX_METADATA_ENTRIES + 1)}), "metadata"),
+    ("metadata value", request(metadata={"a": "x" * (limits.MAX_METADATA_CHARS + 1)}), "metadata"),
+    ("session id", request(session_id="s" * (limits.MAX_SESSION_ID_CHARS + 1)), "session_id"),
+]
+
+
+@pytest.mark.parametrize(("message", "field"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_a_bad_field_is_named(message: pb.GenerateRequest, field: str) -> None:
+    error = refusal(message)
+    assert error.code is Code.INVALID_ARGUMENT
+    assert error.field == field
+    assert str(error).startswith(f"{field}: ")
+    assert re.fullmatch(r"invalid_[a-z_]+", error.reason)
+    assert len(str(error)) < 300, "a client's own bytes do not come back"
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "reason"),
+    [
+        (request(model="gpt-5"), Code.NOT_FOUND, "model_not_found"),  # B26
+        (request(model="../../etc/passwd"), Code.NOT_FOUND, "model_not_found"),
+        (request(adapter="x"), Code.UNIMPLEMENTED, "unsupported_adapter"),  # B27, B28
+        (request(predicted_output="x"), Code.UNIMPLEMENTED, "unsupported_predicted_output"),
+        (
+            request(response_format=pb.ResponseFormat(type=pb.ResponseFormat.TYPE_JSON_OBJECT)),
+            Code.UNIMPLEMENTED,
+            "unsupported_response_format",
+        ),
+        (
+            request(response_format=pb.ResponseFormat(json_schema="(a+)+$" * 10**5)),
+            Code.UNIMPLEMENTED,
+            "unsupported_response_format",
+        ),
+        (request(metadata={"chat_template": "{{ 1 }}"}), Code.PERMISSION_DENIED, "forbidden_metadata"),  # B30
+        (request(metadata={"Chat-Template-Kwargs": "{}"}), Code.PERMISSION_DENIED, "forbidden_metadata"),
+    ],
+)
+def test_what_is_not_to_be_had_says_why(message: pb.GenerateRequest, code: Code, reason: str) -> None:
+    error = refusal(message)
+    assert (error.code, error.reason) == (code, reason)
+
+
+def test_messages_need_a_template() -> None:
+    error = refusal(pb.GenerateRequest(messages=[pb.ChatMessage(role="user", content="x")]), ModelLimits("m", 10, 10))
+    assert error.field == "messages"
+
+
+@pytest.mark.parametrize("path", ["", "sampling", "stopping"])
+def test_unknown_fields_are_refused_wherever_they_are(path: str) -> None:
+    """B21 best_of, B23 bad_words, B37 kv_transfer_params, B27 tools: nothing that is not in the proto is skipped over."""
+    message = request(sampling=pb.SamplingParams(seed=1), stopping=pb.StoppingParams(max_tokens=5))
+    part = getattr(message, path) if path else message
+    part.MergeFromString(bytes([0xF8, 0x06, 0x01]))  # field 111, a varint
+    assert refusal(message).reason == "invalid_unknown_field"
+
+
+def test_the_public_api_names_nothing_inside_the_fleet() -> None:
+    """S4: no host, port, block, transfer, rank, hash or salt in any message a client sends."""
+    forbidden = re.compile(r"host|port\b|block|transfer|rank|hash|salt|peer|tenant|template")
+    for message in (pb.GenerateRequest, pb.TokenizeRequest, pb.SamplingParams, pb.StoppingParams, pb.ChatMessage):
+        for field in message.DESCRIPTOR.fields:
+            assert not forbidden.search(field.name), field.full_name
+
+
+def test_edges_that_are_accepted() -> None:
+    assert accepted(sampled(temperature=0.0)).sampling.is_greedy
+    assert accepted(sampled(temperature=-0.0)).sampling.is_greedy
+    assert accepted(sampled(temperature=5e-324)).sampling.is_greedy  # B15: tiny is greedy
+    assert accepted(sampled(top_k=-1)).sampling.top_k == accepted(sampled(top_k=0)).sampling.top_k == 0
+    assert accepted(sampled(top_k=10**9)).sampling.top_k == MODEL.vocab_size  # B17: clamped
+    assert accepted(sampled(seed=limits.MAX_SEED)).sampling.seed == limits.MAX_SEED
+    assert accepted(request(n=limits.MAX_N)).n == limits.MAX_N
+    assert accepted(sampled(logprobs=limits.MAX_LOGPROBS)).sampling.logprobs == limits.MAX_LOGPROBS
+    assert accepted(sampled(logit_bias=dict.fromkeys(range(limits.MAX_LOGIT_BIAS), 1.0))).sampling.logit_bias
+    assert accepted(stopped(stop=["x" * limits.MAX_STOP_CHARS] * limits.MAX_STOP_STRINGS)).stopping.stop_strings
+    assert accepted(request(request_id="A-z.0_9")).request_id
+    assert accepted(request("  \n\ufeff")).text == "  \n\ufeff"  # B03: white space and a BOM are text like any other
+    assert accepted(request("\0\u202e\x1b[0m")).text == "\0\u202e\x1b[0m"  # B08: verbatim
+
+
+def test_a_client_cannot_raise_its_class() -> None:
+    """B34."""
+    assert accepted(request(priority=pb.PRIORITY_SYSTEM)).priority == pb.PRIORITY_INTERACTIVE
+    assert accepted(request()).priority == pb.PRIORITY_STANDARD
+
+
+def test_end_of_sequence_ids_stop_unless_ignored() -> None:
+    assert accepted(stopped(stop_token_ids=[7])).stopping.stop_token_ids == {0, 7}
+    assert accepted(stopped(stop_token_ids=[7], ignore_eos=True)).stopping.stop_token_ids == {7}
+
+
+def test_what_is_not_set_comes_from_the_model() -> None:
+    model = ModelLimits("pico", 4096, 2048, defaults=GenerationDefaults(0.6, 0.9, 40, 0.05, 1.1))
+    given = accepted(sampled(temperature=1.0, top_k=0), model).sampling
+    assert (given.temperature, given.top_k) == (1.0, 0)
+    assert (given.top_p, given.min_p, given.repetition_penalty) == (0.9, 0.05, 1.1)
+
+
+def test_lengths_are_checked_against_context_and_pool() -> None:
+    """B04, B05, F27."""
+    plain = accepted(request()).stopping
+    assert resolve_stopping(plain, 48, MODEL) == StopParams(2000, 0, frozenset({0}))
+    with pytest.raises(SplitfireError, match="has 2048 tokens, limit 2047") as caught:
+        resolve_stopping(plain, 2048, MODEL)
+    assert caught.value.reason == "exceeds_context"
+    with pytest.raises(SplitfireError, match="is 100, the context of 2048 has room for 48 after a prompt of 2000 tokens"):
+        resolve_stopping(accepted(stopped(max_tokens=100)).stopping, 2000, MODEL)
+    with pytest.raises(SplitfireError, match="min_tokens"):
+        resolve_stopping(accepted(stopped(min_tokens=100)).stopping, 2000, MODEL)
+    small = ModelLimits("pico", 4096, 2048, pool_tokens=100)
+    with pytest.raises(SplitfireError, match="the largest pool here holds 100") as caught:
+        resolve_stopping(accepted(stopped(max_tokens=80)).stopping, 30, small)
+    assert caught.value.reason == "exceeds_pool"
+    with pytest.raises(SplitfireError, match="must not be empty"):
+        resolve_stopping(plain, 0, MODEL)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    temperature=st.floats(), top_p=st.floats(), min_p=st.floats(), penalty=st.floats(), presence=st.floats(),
+    top_k=st.integers(-(2**63), 2**63 - 1), seed=st.integers(-(2**63), 2**63 - 1),
+)  # fmt: skip
+def test_whatever_passes_is_in_range(
+    temperature: float, top_p: float, min_p: float, penalty: float, presence: float, top_k: int, seed: int
+) -> None:
+    message = sampled(
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+        presence_penalty=presence,
+        top_k=top_k,
+        seed=seed,
+    )
+    try:
+        valid = check_request(message, MODEL)
+    except SplitfireError as exc:
+        assert exc.field.startswith("sampling.")
+        return
+    params = valid.sampling
+    assert all(
+        math.isfinite(x)
+        for x in (params.temperature, params.top_p, params.min_p, params.repetition_penalty, params.presence_penalty)
+    )
+    assert 0 < params.top_p <= 1
+    assert 0 <= params.top_k <= MODEL.vocab_size
+
+
+def test_a_worker_checks_again() -> None:
+    """R2: what a router sends goes through the same bounds."""
+    with pytest.raises(SplitfireError):
+        check_sampling(SamplingParams(temperature=NAN), 100)
+    with pytest.raises(SplitfireError):
+        check_stopping(StopParams(0), 100)
+    with pytest.raises(SplitfireError):
+        check_stopping(StopParams(5, 0, frozenset({100})), 100)

@@ -1,0 +1,83 @@
+"""Workers without engines: attached to a Fleet by hand, answering what a test tells them to."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from router.fleet import Fleet, WorkerHandle
+from splitfire.core.fingerprint import PROTOCOL_MAJOR, Fingerprint
+from splitfire.core.layout import KvLayout
+from splitfire.core.model_dir import ModelDir
+from splitfire.core.wire import fingerprint_to_wire, layout_to_wire
+from splitfire.v1 import fleet_pb2, inference_pb2
+from tests.checkpoints import PICO
+
+LAYOUT = KvLayout("fp32", 6, 2, 64, 32)
+
+
+def fingerprint(weights: bytes = b"w" * 32, block_size: int = 32) -> Fingerprint:
+    model = ModelDir(PICO)
+    return Fingerprint(weights, model.config_digest, model.tokenizer_digest, model.rope_digest, "plain", block_size)
+
+
+def make_hello(kind: str = "decode", name: str = "", **changes: Any) -> fleet_pb2.Hello:
+    hello = fleet_pb2.Hello(
+        worker_id=name or f"{kind}-x",
+        incarnation=secrets.token_bytes(16),
+        role=inference_pb2.ROLE_PREFILL if kind == "prefill" else inference_pb2.ROLE_DECODE,
+        version=fleet_pb2.ProtocolVersion(major=PROTOCOL_MAJOR),
+        fingerprint=fingerprint_to_wire(fingerprint()),
+        kv_format=layout_to_wire(LAYOUT),
+        transports=[fleet_pb2.TransportAddress(name="ucx", version="1.21", address=b"address")],
+        capacity=fleet_pb2.Capacity(total_blocks=100, max_running=8, max_context=2048, chunk_tokens=256),
+        host="here",
+    )
+    for field, value in changes.items():
+        target: object = hello
+        *path, last = field.split("__")
+        for part in path:
+            target = getattr(target, part)
+        setattr(target, last, value)
+    return hello
+
+
+class FakeWorker:
+    """One attached worker; `frames` are what the router sent it."""
+
+    def __init__(self, fleet: Fleet, role: str, name: str = "") -> None:
+        self.fleet = fleet
+        self.handle = WorkerHandle(make_hello(role, name))
+        fleet.add(self.handle)
+
+    def frames(self, kind: str) -> list[object]:
+        """Takes everything sent so far; those of one kind."""
+        taken = [self.handle.outbox.get_nowait() for _ in range(self.handle.outbox.qsize())]
+        return [getattr(frame, kind) for frame in taken if frame.HasField(kind)]  # type: ignore[arg-type]
+
+    def submits(self) -> list[fleet_pb2.Submit]:
+        return self.frames("submit")  # type: ignore[return-value]
+
+    def output(self, attempt: int, offset: int, ids: Sequence[int], logprobs: int = 0) -> None:
+        events = self.handle.attempts.get(attempt)
+        if events is not None:
+            one = inference_pb2.TokenLogprobs(chosen=inference_pb2.TokenLogprob(token_id=1, logprob=-1.0))
+            events.on_output(
+                self.handle.incarnation,
+                fleet_pb2.SequenceOutput(attempt=attempt, offset=offset, token_ids=ids, logprobs=[one] * logprobs),
+            )
+
+    def finish(self, attempt: int, reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED) -> None:
+        events = self.handle.attempts.get(attempt)
+        if events is not None:
+            events.on_finished(self.handle.incarnation, fleet_pb2.Finished(attempt=attempt, reason=reason))
+
+    def refuse(self, attempt: int, reason: str = "handoff_failed", *, retryable: bool = True, code: int = 14) -> None:
+        events = self.handle.attempts.get(attempt)
+        if events is not None:
+            refused = fleet_pb2.Refused(attempt=attempt, code=code, reason=reason, message=reason, is_retryable=retryable)
+            events.on_refused(self.handle.incarnation, refused)
+
+    def die(self) -> None:
+        self.fleet.remove(self.handle)

@@ -1,0 +1,395 @@
+"""Dispatch, order, recover: what clients see whatever workers do. Fake workers, the real flow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+
+import pytest
+
+from router.admission import Admission, AdmissionLimits
+from router.fleet import Fleet
+from router.flow import Choice, Flow, RequestPlan
+from router.placement import Placement, Split
+from splitfire.core.errors import Code, DataLoss, SplitfireError
+from splitfire.core.hashing import chain_root, hash_blocks
+from splitfire.core.lifecycle import Req
+from splitfire.core.model_dir import ModelDir
+from splitfire.core.sampling import SamplingParams, StopParams
+from splitfire.core.telemetry import Telemetry
+from splitfire.v1 import fleet_pb2, inference_pb2
+from tests.checkpoints import PICO
+from tests.router.fakes import FakeWorker, fingerprint
+
+STOP, LENGTH = inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LENGTH
+PROMPT = tuple(range(100, 170))
+
+
+class Desk:
+    """A flow over fake workers."""
+
+    def __init__(self, prefills: int = 1, decodes: int = 1, split: Split = "auto") -> None:
+        self.fleet = Fleet(ModelDir(PICO), lambda: self.admission.pump())
+        self.admission: Admission[Placement] = Admission(AdmissionLimits(10, 10, 10**6, 60.0), time.monotonic)
+        self.flow = Flow(self.fleet, self.admission, Telemetry("test", None), split, vocab_size=4096)
+        self.prefills = [FakeWorker(self.fleet, "prefill", f"p{i}") for i in range(prefills)]
+        self.decodes = [FakeWorker(self.fleet, "decode", f"d{i}") for i in range(decodes)]
+
+    def ask(
+        self, max_tokens: int = 5, timeout: float = 30.0, stop: frozenset[int] = frozenset(), logprobs: int | None = None
+    ) -> Asked:
+        now = time.monotonic()
+        sampling = SamplingParams(seed=3, logprobs=logprobs)
+        plan = RequestPlan("r", PROMPT, sampling, StopParams(max_tokens, 0, stop), 2, "", "", now, now + timeout)
+        choice = Choice(plan, 0, asyncio.Event())
+        return Asked(choice, asyncio.create_task(self.flow.run(choice)))
+
+    def assert_nothing_left(self) -> None:
+        for worker in (*self.prefills, *self.decodes):
+            assert not worker.handle.attempts
+            assert not worker.handle.waiting_tokens
+        assert self.admission.num_running == self.admission.num_queued == 0
+
+
+class Asked:
+    def __init__(self, choice: Choice, task: asyncio.Task[None]) -> None:
+        self.choice = choice
+        self.task = task
+
+    async def refusal(self) -> SplitfireError:
+        with pytest.raises(SplitfireError) as caught:
+            await asyncio.wait_for(self.task, 5)
+        return caught.value
+
+
+async def until(condition: Callable[[], object]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("condition never came true")
+
+
+async def dispatched(*workers: FakeWorker) -> tuple[FakeWorker, fleet_pb2.Submit]:
+    """The next submit any of them gets."""
+    for _ in range(3000):
+        for worker in workers:
+            if submits := worker.submits():
+                return worker, submits[0]
+        await asyncio.sleep(0.001)
+    raise AssertionError("nothing was dispatched")
+
+
+def play(scene: Coroutine[object, object, None]) -> None:
+    asyncio.run(asyncio.wait_for(scene, 30))
+
+
+def test_both_workers_get_the_same_request_at_once() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask()
+        [p], [d] = desk.prefills, desk.decodes
+        _, prefill = await dispatched(p)
+        _, decode = await dispatched(d)
+        assert (prefill.part, decode.part) == (fleet_pb2.PART_PREFILL, fleet_pb2.PART_DECODE)
+        assert prefill.attempt == decode.attempt
+        assert prefill.handoff.transfer_id == decode.handoff.transfer_id
+        assert prefill.handoff.token == decode.handoff.token
+        assert prefill.handoff.peer.worker_id == "d0"
+        assert decode.handoff.peer.worker_id == "p0"
+        assert tuple(prefill.prompt_token_ids) == PROMPT
+        assert list(prefill.block_hashes) == list(hash_blocks(chain_root(b"", fingerprint().digest, ""), PROMPT, 32))
+        p.output(prefill.attempt, 0, [7])
+        p.finish(prefill.attempt)
+        d.output(decode.attempt, 0, [7, 8, 9])  # the first token again
+        d.output(decode.attempt, 3, [1, 2])
+        d.finish(decode.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8, 9, 1, 2]
+        assert asked.choice.finish_reason == LENGTH
+        assert asked.choice.state is Req.DONE
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_decode_may_be_heard_before_prefill() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask(max_tokens=2, logprobs=0)
+        [p], [d] = desk.prefills, desk.decodes
+        _, submit = await dispatched(p)
+        await until(lambda: d.handle.attempts)
+        d.output(submit.attempt, 0, [7, 8], logprobs=2)
+        p.output(submit.attempt, 0, [7], logprobs=1)
+        d.finish(submit.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8]
+        assert len(asked.choice.logprobs) == 2
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+@pytest.mark.parametrize(
+    ("offset", "ids"),
+    [(3, [1]), (0, [8]), (1, [4096]), (1, [2**32 - 1]), (1, [1] * 50), (2**32 - 1, [1])],
+    ids=["gap", "another token", "outside the vocabulary", "2^32-1", "more than asked for", "offset 2^32-1"],
+)
+def test_a_worker_that_breaks_the_protocol_loses_the_attempt(offset: int, ids: list[int]) -> None:
+    """B60, B61: the client's stream goes on elsewhere."""
+
+    async def scene() -> None:
+        desk = Desk(prefills=0, decodes=1)
+        asked = desk.ask()
+        [d] = desk.decodes
+        _, first = await dispatched(d)
+        d.output(first.attempt, 0, [7])
+        d.output(first.attempt, offset, ids)
+        _, second = await dispatched(d)
+        assert second.attempt != first.attempt
+        assert list(second.output_token_ids) == [7]
+        d.output(first.attempt, 1, [66])  # late: fenced
+        d.output(second.attempt, 1, [8, 9, 10, 11])
+        d.finish(second.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8, 9, 10, 11]
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("streamed", [0, 1, 3])
+def test_decode_death_is_resumed_elsewhere_with_the_tokens_streamed(streamed: int) -> None:
+    """P9, F08: contiguous, nothing twice, the same seed."""
+
+    async def scene() -> None:
+        desk = Desk(prefills=1, decodes=2)
+        asked = desk.ask()
+        [p] = desk.prefills
+        d, submit = await dispatched(*desk.decodes)
+        if streamed:
+            d.output(submit.attempt, 0, [7, 8, 9][:streamed])
+        d.die()
+        other = next(w for w in desk.decodes if w is not d)
+        _, again = await dispatched(other)
+        assert list(again.output_token_ids) == [7, 8, 9][:streamed]
+        assert again.sampling.seed == submit.sampling.seed
+        assert again.handoff.transfer_id != submit.handoff.transfer_id
+        other.output(again.attempt, streamed, [7, 8, 9, 10, 11][streamed:])
+        other.finish(again.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8, 9, 10, 11]
+        assert any(f.reason for f in p.frames("cancel"))  # type: ignore[attr-defined]
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_prefill_death_before_the_kv_moved_is_invisible() -> None:
+    """P8, F01-F03."""
+
+    async def scene() -> None:
+        desk = Desk(prefills=2, decodes=1)
+        asked = desk.ask(max_tokens=2)
+        p, _ = await dispatched(*desk.prefills)
+        p.die()
+        other = next(w for w in desk.prefills if w is not p)
+        _, again = await dispatched(other)
+        other.output(again.attempt, 0, [7])
+        desk.decodes[0].output(again.attempt, 0, [7, 8])
+        desk.decodes[0].finish(again.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8]
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_prefill_death_after_it_shipped_changes_nothing() -> None:
+    """F05."""
+
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask(max_tokens=2)
+        [p], [d] = desk.prefills, desk.decodes
+        _, submit = await dispatched(p)
+        p.output(submit.attempt, 0, [7])
+        p.finish(submit.attempt)
+        p.die()
+        d.output(submit.attempt, 0, [7, 8])
+        d.finish(submit.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8]
+
+    play(scene())
+
+
+def test_the_last_token_was_streamed_but_its_worker_died_before_saying_so() -> None:
+    """F09: the answer is complete; nothing is computed past a stop token."""
+
+    async def scene() -> None:
+        for stop, reason in ((frozenset({9}), STOP), (frozenset(), LENGTH)):
+            desk = Desk(prefills=0, decodes=2)
+            asked = desk.ask(max_tokens=3, stop=stop)
+            d, submit = await dispatched(*desk.decodes)
+            d.output(submit.attempt, 0, [7, 8, 9])
+            d.die()
+            await asked.task
+            assert asked.choice.ids == [7, 8, 9]
+            assert asked.choice.finish_reason == reason
+            desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_the_last_decode_worker_dying_says_what_is_missing() -> None:
+    """F10."""
+
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask()
+        [d] = desk.decodes
+        _, submit = await dispatched(d)
+        d.output(submit.attempt, 0, [7])
+        d.die()
+        error = await asked.refusal()
+        assert (error.code, error.reason, error.is_retryable) == (Code.UNAVAILABLE, "no_decode", True)
+        assert asked.choice.state is Req.FAILED
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_attempts_are_bounded() -> None:
+    async def scene() -> None:
+        desk = Desk(prefills=0, decodes=1)
+        asked = desk.ask()
+        [d] = desk.decodes
+        for _ in range(3):
+            _, submit = await dispatched(d)
+            d.refuse(submit.attempt)
+        error = await asked.refusal()
+        assert error.reason == "handoff_failed"
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_corrupt_kv_is_computed_again_once_and_then_reported() -> None:
+    """F37, K4."""
+
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask()
+        [d] = desk.decodes
+        for _ in range(2):
+            _, submit = await dispatched(d)
+            d.refuse(submit.attempt, "kv_digest_mismatch", code=15)
+        error = await asked.refusal()
+        assert isinstance(error, DataLoss)
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_what_cannot_work_anywhere_is_not_tried_again() -> None:
+    async def scene() -> None:
+        desk = Desk(prefills=0, decodes=2)
+        asked = desk.ask()
+        d, submit = await dispatched(*desk.decodes)
+        d.refuse(submit.attempt, "nonfinite_logits", retryable=False, code=13)
+        error = await asked.refusal()
+        assert (error.code, error.reason) == (Code.INTERNAL, "nonfinite_logits")
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_a_first_token_that_ends_the_request_ends_it_at_both_workers() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask(stop=frozenset({7}))
+        [p], [d] = desk.prefills, desk.decodes
+        _, submit = await dispatched(p)
+        p.output(submit.attempt, 0, [7])
+        p.finish(submit.attempt, STOP)
+        await asked.task
+        assert [c.attempt for c in d.frames("cancel")] == [submit.attempt]  # type: ignore[attr-defined]
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("streamed", [0, 2])
+def test_cancel_and_deadline_reach_both_workers(streamed: int) -> None:
+    async def scene() -> None:
+        for how in ("cancel", "deadline"):
+            desk = Desk()
+            asked = desk.ask(timeout=30.0 if how == "cancel" else 0.05)
+            [p], [d] = desk.prefills, desk.decodes
+            _, submit = await dispatched(p)
+            if streamed:
+                p.output(submit.attempt, 0, [7])
+                d.output(submit.attempt, 0, [7, 8])
+            if how == "cancel":
+                asked.task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asked.task
+                assert asked.choice.state is Req.CANCELLED
+            else:
+                error = await asked.refusal()
+                assert error.code is Code.DEADLINE_EXCEEDED
+                assert error.reason == ("decode" if streamed else "prefill")
+            for worker in (p, d):
+                assert [c.attempt for c in worker.frames("cancel")] == [submit.attempt]  # type: ignore[attr-defined]
+            desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_requests_wait_at_the_router_until_somebody_has_room() -> None:
+    async def scene() -> None:
+        desk = Desk(prefills=0, decodes=1)
+        asked = [
+            desk.ask(max_tokens=1) for _ in range(6)
+        ]  # 70 tokens each, chunks of 256: the fifth would wait behind a full chunk
+        [d] = desk.decodes
+        await until(lambda: desk.admission.num_running == 4 and desk.admission.num_queued == 2)
+        done = 0
+        while done < 6:
+            for submit in d.submits():
+                d.output(submit.attempt, 0, [1])
+                d.finish(submit.attempt, LENGTH)
+                done += 1
+            await asyncio.sleep(0.001)
+        for one_asked in asked:
+            await one_asked.task
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_a_request_that_nobody_can_ever_take_is_refused_at_once() -> None:
+    async def scene() -> None:
+        for split, prefills, decodes, reason in (("auto", 1, 0, "no_decode"), ("always", 0, 1, "no_prefill")):
+            desk = Desk(prefills, decodes, split)  # type: ignore[arg-type]
+            error = await desk.ask().refusal()
+            assert (error.code, error.reason) == (Code.UNAVAILABLE, reason)
+            desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_a_queue_wait_past_the_deadline_says_queue() -> None:
+    async def scene() -> None:
+        desk = Desk(prefills=0, decodes=1)
+        for _ in range(4):
+            desk.ask()
+        late = desk.ask(timeout=0.05)
+        error = await late.refusal()
+        assert (error.code, error.reason) == (Code.DEADLINE_EXCEEDED, "queue")
+        assert desk.admission.num_queued == 0
+
+    play(scene())
