@@ -287,7 +287,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         """One worker, for as long as its stream lives."""
         try:
             self._authenticate(context)
-            first = await asyncio.wait_for(context.read(), limits.HELLO_TIMEOUT_S)
+            async with asyncio.timeout(limits.HELLO_TIMEOUT_S):
+                first = await context.read()
             if not isinstance(first, fleet_pb2.AttachRequest) or not first.HasField("hello"):
                 raise InvalidInput("frame", "the first one must be hello")
             self._fleet.check(first.hello)

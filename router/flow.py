@@ -258,7 +258,8 @@ class Flow:
         queued_at = time.monotonic()
         try:
             self.admission.request(ticket)
-            attempt = await asyncio.wait_for(asyncio.shield(placed), max(0.0, plan.deadline - time.monotonic()))
+            async with asyncio.timeout(max(0.0, plan.deadline - time.monotonic())):
+                attempt = await asyncio.shield(placed)
         except TimeoutError as exc:
             self._give_up(placed, ticket)
             raise DeadlineExceeded("the deadline passed before a worker was free", reason="queue") from exc
@@ -290,7 +291,8 @@ class Flow:
     async def _finish(self, choice: Choice, attempt: Attempt, *, is_first: bool) -> SplitfireError | None:
         """Waits for the attempt's end; whatever happens, nothing of it is left at any worker."""
         try:
-            return await asyncio.wait_for(asyncio.shield(attempt.ended), max(0.0, choice.plan.deadline - time.monotonic()))
+            async with asyncio.timeout(max(0.0, choice.plan.deadline - time.monotonic())):
+                return await asyncio.shield(attempt.ended)
         except TimeoutError as exc:
             stage = "decode" if choice.ids else "prefill"
             raise DeadlineExceeded(f"the deadline passed after {len(choice.ids)} tokens", reason=stage) from exc

@@ -224,7 +224,8 @@ class InferenceApi:
 
     async def _write(self, context: Context, response: pb.GenerateResponse) -> None:
         try:
-            await asyncio.wait_for(context.write(response), limits.SLOW_CLIENT_S)
+            async with asyncio.timeout(limits.SLOW_CLIENT_S):
+                await context.write(response)
         except TimeoutError as exc:
             raise Exhausted(f"the client read nothing for {limits.SLOW_CLIENT_S:g} s", reason="slow_consumer") from exc
 

@@ -33,6 +33,7 @@ from splitfire.v1 import fleet_pb2_grpc
 
 log = structlog.get_logger("router")
 TICK_S = 0.5
+SHUTDOWN_S = 3.0  # for saying goodbye; the process ends whatever happens
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", int(limits.KEEPALIVE_TIME_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(limits.KEEPALIVE_TIMEOUT_S * 1000)),
@@ -113,10 +114,12 @@ class RouterServer:
         ticker = asyncio.create_task(self._tick(), name="router-tick")
         await self._stopped.wait()
         ticker.cancel()
-        await asyncio.gather(ticker, return_exceptions=True)
-        await self._public.stop(0.5)
-        await self._private.stop(0.5)
-        await self._text.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_S):
+                await asyncio.gather(ticker, return_exceptions=True)
+                await self._public.stop(0.5)
+                await self._private.stop(0.5)
+                await self._text.close()
         self.telemetry.shutdown()
         return 0
 
@@ -144,7 +147,8 @@ class RouterServer:
         """Keeps health true and queues moving; ends the process when a drain is done."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    await self._changed.wait()
             self._changed.clear()
             self._admission.pump()
             await self._tell_health()

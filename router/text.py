@@ -65,12 +65,14 @@ class TextPool:
 
     async def _ask(self, question: dict[str, Any], field: str) -> list[int]:
         try:
-            process = await asyncio.wait_for(self._idle.get(), limits.TOKENIZE_TIMEOUT_S)
+            async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
+                process = await self._idle.get()
         except TimeoutError as exc:
             raise Exhausted("all tokenizer processes are busy", reason="queue_full", retry_after_s=1.0) from exc
         is_sound = False
         try:
-            answer = await asyncio.wait_for(process.ask(question), limits.TOKENIZE_TIMEOUT_S)
+            async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
+                answer = await process.ask(question)
             is_sound = True
         except TimeoutError as exc:
             message = f"could not be tokenized within {limits.TOKENIZE_TIMEOUT_S:g} s; shorten it"
@@ -115,7 +117,8 @@ class _Process:
         )  # fmt: skip
         worker = _Process(process)
         try:
-            answer = await asyncio.wait_for(worker._read(), START_TIMEOUT_S)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                answer = await worker._read()
         except (TimeoutError, EOFError) as exc:
             await worker.kill()
             raise ModelError("tokenizer.json or chat_template: loading it does not end, or needs too much memory") from exc

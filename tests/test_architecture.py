@@ -130,6 +130,12 @@ def test_every_queue_has_a_bound() -> None:
                 assert node.args or node.keywords, f"{module}: a queue without a bound"
 
 
+def test_deadlines_are_asyncio_timeout() -> None:
+    """`asyncio.wait_for` of Python 3.11 swallows a cancellation that comes together with the result: tasks then never end."""
+    for module, path in MODULES.items():
+        assert "wait_for(" not in path.read_text(), module
+
+
 def test_top_level_is_what_the_owner_fixed() -> None:
     for name in (
         "pyproject.toml",

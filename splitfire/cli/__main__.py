@@ -27,8 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Disaggregated LLM inference: prefill here, decode there.",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 SERVER = Annotated[str, typer.Option(envvar="SPLITFIRE_SERVER", help="host:port of a router")]
 TIMEOUT = Annotated[float, typer.Option(envvar="SPLITFIRE_TIMEOUT", min=0.1, max=3600, help="seconds an answer may take")]
 DEFAULT_SERVER = "127.0.0.1:7070"

@@ -13,7 +13,6 @@ from splitfire.core.limits import MAX_MESSAGE_BYTES
 from splitfire.v1 import inference_pb2 as pb
 from splitfire.v1 import inference_pb2_grpc
 
-CONNECT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = 10.0
 
 
@@ -45,9 +44,9 @@ class Client:
         finally:
             call.cancel()
 
-    def fleet(self) -> pb.GetFleetResponse:
+    def fleet(self, timeout_s: float = CALL_TIMEOUT_S) -> pb.GetFleetResponse:
         try:
-            return self._stub.GetFleet(pb.GetFleetRequest(), timeout=CALL_TIMEOUT_S)
+            return self._stub.GetFleet(pb.GetFleetRequest(), timeout=timeout_s)
         except grpc.RpcError as exc:
             raise ServerError(explain(exc, self.address)) from exc
 

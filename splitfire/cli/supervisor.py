@@ -112,7 +112,7 @@ class Fleet:
                     if child.process is not None and child.process.poll() is not None:
                         raise ConfigError(f"{child.name}: {child.last_line()}")
                 with contextlib.suppress(ServerError):
-                    fleet = client.fleet()
+                    fleet = client.fleet(timeout_s=1.0)
                     if len(fleet.workers) == wanted:
                         pairs_deadline = pairs_deadline or time.monotonic() + PAIR_TIMEOUT_S
                         if len(fleet.pairs) == self.plan.num_prefill * self.plan.num_decode or time.monotonic() > pairs_deadline:

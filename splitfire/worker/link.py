@@ -123,7 +123,8 @@ class RouterLink:
             call = stub.Attach(metadata=metadata)
             try:
                 await call.write(fleet_pb2.AttachRequest(hello=self._worker.hello()))
-                frame = await asyncio.wait_for(call.read(), limits.HELLO_TIMEOUT_S)
+                async with asyncio.timeout(limits.HELLO_TIMEOUT_S):
+                    frame = await call.read()
                 if not isinstance(frame, fleet_pb2.AttachResponse) or not frame.HasField("welcome"):
                     await call.code()  # raises what the router ended the stream with
                     return

@@ -39,6 +39,7 @@ from splitfire.worker.loading import LoadedModel
 
 log = structlog.get_logger("worker")
 WATCH_EVERY_S = 0.5
+SHUTDOWN_S = 3.0  # for saying goodbye; the process ends whatever happens
 STUCK_S = 60.0  # a step that takes longer than this means the engine is lost, not slow
 ROLES = {"prefill": inference_pb2.ROLE_PREFILL, "decode": inference_pb2.ROLE_DECODE}
 
@@ -104,10 +105,12 @@ class Worker:
         await self._exit.wait()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_S):
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self._health.stop()
         self.agent.close()
         self._host.stop()
-        await self._health.stop()
         self._telemetry.shutdown()
         return self._exit_code
 
@@ -184,7 +187,8 @@ class Worker:
                 mine.wake.clear()
                 yield fleet_pb2.ReportRequest(incarnation=self.incarnation, load=self._load())
                 try:
-                    await asyncio.wait_for(mine.wake.wait(), limits.REPORT_EVERY_S)
+                    async with asyncio.timeout(limits.REPORT_EVERY_S):
+                        await mine.wake.wait()
                     await asyncio.sleep(0.05)  # what ends together is reported together
                 except TimeoutError:
                     pass
@@ -287,7 +291,8 @@ class Worker:
         """Keeps health true, ends a drain when nothing is left, and the process when its engine is lost."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), WATCH_EVERY_S)
+                async with asyncio.timeout(WATCH_EVERY_S):
+                    await self._changed.wait()
             self._changed.clear()
             await self._health.set_serving(not self._is_draining and any(link.is_attached for link in self._links))
             if self._is_draining and not self._num_jobs:

@@ -91,7 +91,7 @@ def test_illegal_transitions_raise_and_change_nothing() -> None:
 
 @pytest.mark.parametrize(("table", "start"), [(SEQUENCE, Seq.WAITING), (REQUEST, Req.ACCEPTED)])
 def test_every_state_is_in_its_table_and_can_be_reached(table: dict[Any, dict[Any, Any]], start: Any) -> None:
-    assert set(table) == set(type(start))
+    assert set(table) == set(start.__class__)
     reached = {start}
     while more := {after for state in reached for after in table[state].values()} - reached:
         reached |= more

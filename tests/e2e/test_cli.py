@@ -1,0 +1,90 @@
+"""The command line as a newcomer meets it: answers, clear errors, exit codes, the demo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.checkpoints import ROOT
+from tests.e2e.fleets import RunningFleet
+
+
+def splitfire(*arguments: str, stdin: str | None = None, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "splitfire.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, input=stdin, cwd=ROOT)
+
+
+def test_generate_streams_text_and_shows_the_waterfall(pico: RunningFleet) -> None:
+    ran = splitfire("generate", "def f(", "--server", pico.address, "--max-tokens=12", "--temperature=0", "--trace")
+    assert ran.returncode == 0
+    assert ran.stdout.strip()
+    for phase in ("accept", "prefill", "ship", "first_token", "join", "decode"):
+        assert phase in ran.stderr
+    again = splitfire("generate", "-", "--server", pico.address, "--max-tokens=12", "--temperature=0", stdin="def f(")
+    assert again.stdout == ran.stdout
+
+
+def test_chat_keeps_the_conversation(pico: RunningFleet) -> None:
+    ran = splitfire("chat", "--server", pico.address, "--max-tokens=8", stdin="hello\nagain\n\n")
+    assert ran.returncode == 0
+    assert ran.stdout.count("> ") == 3
+
+
+def test_fleet_shows_workers_and_pairs(pico: RunningFleet) -> None:
+    ran = splitfire("fleet", "--server", pico.address)
+    assert ran.returncode == 0
+    assert "prefill-0" in ran.stdout
+    assert "ucx over shared memory" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["generate", "x", "--server", "127.0.0.1:9"], 1, "start a fleet with `splitfire up`"),
+        (["generate", "x", "--max-tokens=0"], 2, "max-tokens"),
+        (["generate", "x", "--no-such-flag"], 2, "No such option"),
+        (["frobnicate"], 2, "No such command"),
+        (["up", "/nowhere", "--port=0"], 2, "No such file"),
+        (["up", "pico", "--port=0", "--prefill-cpus=a"], 2, "processor numbers"),
+        (["up", "pico", "--port=0", "--split=sometimes"], 2, "split"),
+        (["router", "--blok=1"], 2, "unknown flag --blok"),
+        (["prefill", "--block-size=33"], 2, "power of two"),
+        (["decode", "--kv-memory=lots"], 2, "KiB, MiB or GiB"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments: list[str], code: int, says: str) -> None:
+    ran = splitfire(*arguments)
+    assert ran.returncode == code, ran.stderr
+    assert says in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_refused_request_is_one_line(pico: RunningFleet) -> None:
+    ran = splitfire("generate", "x", "--server", pico.address, "--temperature=-1")
+    assert ran.returncode == 1
+    assert (
+        ran.stderr.strip() == "splitfire: sampling.temperature: is -1, accepted: 0 to 100 (INVALID_ARGUMENT, invalid_temperature)"
+    )
+
+
+def test_the_demo_does_the_main_job_and_leaves_nothing_running() -> None:
+    before = {p.pid for p in psutil.process_iter()}
+    began = time.monotonic()
+    ran = splitfire("demo", "--max-tokens=32")
+    assert ran.returncode == 0, ran.stderr
+    assert time.monotonic() - began < 15
+    assert "ucx over shared memory" in ran.stdout
+    assert "KV: " in ran.stdout
+    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "splitfire" in " ".join(p.info["cmdline"] or ())]
+    assert not left
+
+
+def test_every_command_explains_itself() -> None:
+    for command in ("up", "generate", "chat", "fleet", "demo", "router", "prefill", "decode"):
+        ran = splitfire(command, "--help")
+        assert ran.returncode == 0, command
+        assert "--" in ran.stdout
