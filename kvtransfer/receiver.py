@@ -53,10 +53,10 @@ class ReceiverPort(Protocol):
 
     def send(self, message: kv_pb2.KvMessage) -> None: ...
 
-    def lend(self, receiver: Receiver) -> None:
-        """The receiver wants slots: lend when its turn comes, by calling `lent`."""
+    def lend(self) -> None:
+        """The receiver wants slots: lend when its turn comes, by calling `lend_now`."""
 
-    def finished(self, receiver: Receiver) -> None:
+    def finished(self) -> None:
         """The machine will not do anything any more."""
 
 
@@ -144,7 +144,7 @@ class Receiver:
         self._advance(RecvEvent.REFUSE)
         self._send(refuse=kv_pb2.Refuse(reason=reason, is_retryable=is_retryable))
         self._sink.closed(reason, is_retryable)
-        self._port.finished(self)
+        self._port.finished()
 
     def lend_now(self, slot: RingSlot) -> kv_pb2.Slot:
         """The agent has a slot for this transfer, and posts a receive in it."""
@@ -159,7 +159,7 @@ class Receiver:
         if self.state is Recv.DRAINING:
             if not self.lent:
                 self._advance(RecvEvent.DRAINED)
-                self._port.finished(self)
+                self._port.finished()
             return
         if payload is None or self.state not in (Recv.GRANTED, Recv.COMMITTED):
             return
@@ -180,7 +180,7 @@ class Receiver:
             self._send(abort=kv_pb2.Abort(reason=reason))
         self._sink.closed(reason, is_retryable)
         if not self.lent:
-            self._port.finished(self)
+            self._port.finished()
 
     def _on_offer(self, offer: kv_pb2.Offer) -> None:
         expected = self.expectation
@@ -203,7 +203,7 @@ class Receiver:
             raise IllegalTransition(f"wants {want.bytes} bytes, blocks have {block_bytes}")
         self.wanted_at = self.wanted_at or self._clock()
         self.num_slots_wanted += want.num_slots
-        self._port.lend(self)
+        self._port.lend()
 
     def _on_commit(self, commit: kv_pb2.Commit) -> None:
         if commit.num_blocks != self.expectation.num_blocks or not commit.first_tokens:
@@ -243,7 +243,7 @@ class Receiver:
             self.done_at = self._clock()
             self._send(received=kv_pb2.Received())
             self._sink.ready(self._first_tokens)
-            self._port.finished(self)
+            self._port.finished()
 
     def _advance(self, event: RecvEvent) -> None:
         self.state = advance(RECEIVER, self.state, event)

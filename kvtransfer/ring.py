@@ -44,6 +44,10 @@ class Ring:
         self.num_quarantined = 0
 
     @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    @property
     def num_lent(self) -> int:
         return sum(slot.state is SlotState.LENT for slot in self._slots)
 

@@ -48,15 +48,15 @@ class SenderPort(Protocol):
 
     def send(self, message: kv_pb2.KvMessage) -> None: ...
 
-    def send_piece(self, sender: Sender, slot: LentSlot, piece: Piece) -> None:
+    def send_piece(self, slot: LentSlot, piece: Piece) -> None:
         """Packs the piece and sends it into the slot."""
 
-    def send_void(self, sender: Sender, slot: LentSlot) -> None: ...
+    def send_void(self, slot: LentSlot) -> None: ...
 
     def blocks_per_payload(self, layout: KvLayout, receiver_slot_bytes: int) -> int:
         """How many blocks fit a slot of both rings; 0 when none does."""
 
-    def closed(self, sender: Sender, outcome: Outcome, reason: str) -> None:
+    def closed(self, outcome: Outcome, reason: str) -> None:
         """The last call of a machine: its blocks may go."""
 
 
@@ -130,7 +130,7 @@ class Sender:
         self._pieces.clear()
         if tell_peer:
             self._send(abort=kv_pb2.Abort(reason=reason))
-        self._port.closed(self, Outcome.ABORTED, reason)
+        self._port.closed(Outcome.ABORTED, reason)
 
     def on_message(self, message: kv_pb2.KvMessage) -> None:
         """A control message of the receiver. One that does not fit the state fails the transfer."""
@@ -151,19 +151,19 @@ class Sender:
                 self._advance(SendEvent.WAIT)
         elif body == "refuse":
             self._advance(SendEvent.REFUSE)
-            self._port.closed(self, Outcome.REFUSED, message.refuse.reason)
+            self._port.closed(Outcome.REFUSED, message.refuse.reason)
         elif body == "revoke":
             self._advance(SendEvent.REVOKE)
             self._pieces.clear()
             self._num_planned = 0
         elif body == "received":
             self._advance(SendEvent.RECEIVED)
-            self._port.closed(self, Outcome.RECEIVED, "")
+            self._port.closed(Outcome.RECEIVED, "")
         elif body == "abort" and self.is_open:
             self._advance(SendEvent.ABORT)
             self._pieces.clear()
             self._send(stopped=kv_pb2.Stopped())
-            self._port.closed(self, Outcome.ABORTED, message.abort.reason)
+            self._port.closed(Outcome.ABORTED, message.abort.reason)
 
     def _on_grant(self, grant: kv_pb2.Grant) -> None:
         self._advance(SendEvent.GRANT)
@@ -188,9 +188,9 @@ class Sender:
         for lent in slots.slots:
             slot = LentSlot(lent.index, lent.generation)
             if self.state is Send.GRANTED and self._pieces:
-                self._port.send_piece(self, slot, self._pieces.popleft())
+                self._port.send_piece(slot, self._pieces.popleft())
             else:
-                self._port.send_void(self, slot)
+                self._port.send_void(slot)
         self._pump()
 
     def _pump(self) -> None:

@@ -15,7 +15,7 @@ from router.server import RouterServer
 from splitfire.core.errors import ConfigError
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.model_source import resolve_model
-from splitfire.core.process import end_with_parent
+from splitfire.core.process import end_with_parent, require_environment
 from splitfire.core.settings import RouterSettings, exit_with, parse_settings
 from splitfire.core.telemetry import configure_logging
 
@@ -32,6 +32,7 @@ async def serve(settings: RouterSettings, model: ModelDir) -> int:
 def main() -> int:
     try:
         end_with_parent()
+        require_environment()
         settings = parse_settings(RouterSettings, sys.argv[1:], prog="splitfire router")
         configure_logging("router", settings.log_level)
         return uvloop.run(serve(settings, ModelDir(resolve_model(settings.model))))

@@ -18,9 +18,11 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 from tokenizers import Tokenizer
 
+from router.choice import Choice, RequestPlan
 from router.fleet import Fleet
-from router.flow import Choice, Flow, RequestPlan, phases_of
+from router.flow import Flow
 from router.status import abort, unexpected
+from router.stream import ChoiceStream, summary_of
 from router.text import TextPool, TextStream
 from splitfire.core import limits
 from splitfire.core.errors import AlreadyExists, DeadlineExceeded, Exhausted, InvalidInput, SplitfireError, Unavailable
@@ -195,7 +197,7 @@ class InferenceApi:
         """Runs every choice and sends what they produce; ends with the summary."""
         changed = asyncio.Event()
         choices.extend(Choice(plan, index, changed) for index in range(valid.n))
-        streams = [_ChoiceStream(c, TextStream(self._model.tokenizer, valid.stopping.stop_strings)) for c in choices]
+        streams = [ChoiceStream(c, TextStream(self._model.tokenizer, valid.stopping.stop_strings)) for c in choices]
         tasks = [asyncio.create_task(self._flow.run(c), name=f"flow-{plan.request_id}-{c.index}") for c in choices]
         for task in tasks:
             task.add_done_callback(lambda _task: changed.set())
@@ -214,9 +216,9 @@ class InferenceApi:
                 await changed.wait()
             ended_at = time.monotonic()
             self._telemetry.record("stream", plan.traceparent, choices[0].timeline.first_token_at or queued_at, ended_at)
-            await self._write(
-                context, pb.GenerateResponse(summary=self._summary(plan, choices, streams, trace, queued_at, ended_at))
-            )
+            summary = summary_of(choices, streams, queued_at, ended_at)
+            summary.model, summary.trace_id = self._model.limits().name, trace.trace_id
+            await self._write(context, pb.GenerateResponse(summary=summary))
         finally:
             for task in tasks:
                 task.cancel()
@@ -228,61 +230,6 @@ class InferenceApi:
                 await context.write(response)
         except TimeoutError as exc:
             raise Exhausted(f"the client read nothing for {limits.SLOW_CLIENT_S:g} s", reason="slow_consumer") from exc
-
-    def _summary(
-        self,
-        plan: RequestPlan,
-        choices: list[Choice],
-        streams: list[_ChoiceStream],
-        trace: RequestTrace,
-        queued_at: float,
-        ended_at: float,
-    ) -> pb.Summary:
-        timeline = choices[0].timeline
-        return pb.Summary(
-            request_id=plan.request_id,
-            model=self._model.limits().name,
-            seed=plan.sampling.seed,
-            usage=pb.Usage(
-                prompt_tokens=len(plan.prompt),
-                cached_prompt_tokens=min(timeline.cached_tokens, len(plan.prompt)),
-                generated_tokens=sum(s.num_sent for s in streams),
-            ),
-            phases=phases_of(choices[0], queued_at, ended_at),
-            kv_transfer=timeline.kv_transfer,
-            trace_id=trace.trace_id,
-        )
-
-
-class _ChoiceStream:
-    """What of one choice has been sent. Ids become text here, when the client's turn comes."""
-
-    def __init__(self, choice: Choice, text: TextStream) -> None:
-        self.choice = choice
-        self.num_sent = 0
-        self.is_finished = False
-        self._text = text
-
-    def take(self) -> pb.GenerateResponse | None:
-        """Everything new as one message; None when there is nothing."""
-        choice = self.choice
-        if self.is_finished:
-            return None
-        fresh = choice.ids[self.num_sent :]
-        response = pb.GenerateResponse(choice=choice.index, offset=self.num_sent)
-        for token_id in fresh:
-            response.text += self._text.push(token_id)
-            response.token_ids.append(token_id)
-            if self._text.is_stopped:
-                choice.stop()
-                break
-        response.logprobs.extend(choice.logprobs[self.num_sent : self.num_sent + len(response.token_ids)])
-        self.num_sent += len(response.token_ids)
-        if choice.finish_reason != pb.FINISH_REASON_UNSPECIFIED and (self._text.is_stopped or self.num_sent == len(choice.ids)):
-            response.text += self._text.flush()
-            response.finish_reason = choice.finish_reason
-            self.is_finished = True
-        return response if response.token_ids or self.is_finished else None
 
 
 def _parser(kind: type[Request]) -> Callable[[bytes], Request | Malformed]:

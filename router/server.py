@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection
 from tokenizers import Tokenizer
 
 from router.admission import Admission, AdmissionLimits
-from router.fleet import Fleet, FleetService
+from router.fleet import Fleet
+from router.fleet_api import FleetService
 from router.flow import Flow
 from router.grpc_api import SERVICE, InferenceApi, ServedModel
 from router.placement import Placement, missing_role

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from decode_svc.service import DecodeService
-from kvtransfer.agent import AgentOptions, PeerAddress, TransferAgent
+from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import slot_bytes_for
 from kvtransfer.memory import Hub
+from kvtransfer.peers import PeerAddress
 from prefill_svc.service import PrefillService
 from splitfire.core.hashing import hash_blocks
 from splitfire.core.sampling import SamplingParams, StopParams

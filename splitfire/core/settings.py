@@ -239,6 +239,33 @@ _CLI_FLAGS = ("PREFILL", "DECODE", "AGGREGATED", "PREFILL_CPUS", "DECODE_CPUS", 
 CLI_VARIABLES = {PARENT_VARIABLE, *(ENV_PREFIX + name for name in _CLI_FLAGS)}
 
 
+def describe() -> str:
+    """Every setting of every service as a page of tables."""
+    lines = [
+        "# Settings",
+        "",
+        "Printed from `splitfire/core/settings.py`; do not edit (`make docs`).",
+        "",
+        "A flag wins over its variable, a variable over the default; an empty variable counts as unset.",
+    ]
+    pages = (
+        ("What router and workers share", ServiceSettings),
+        ("`splitfire router`", RouterSettings),
+        ("`splitfire prefill`, `splitfire decode`", WorkerSettings),
+    )
+    for title, kind in pages:
+        lines += ["", f"## {title}", "", "| flag | variable | default | what it is |", "|---|---|---|---|"]
+        for name, info in kind.model_fields.items():
+            if kind is ServiceSettings or name not in ServiceSettings.model_fields:
+                default = "" if info.default is None or info.default == "" else f"`{info.default}`"
+                lines.append(f"| `--{name.replace('_', '-')}` | `{ENV_PREFIX}{name.upper()}` | {default} | {info.description} |")
+    return "\n".join([*lines, ""])
+
+
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {close[0]}?" if close else ""
+
+
+if __name__ == "__main__":
+    print(describe(), end="")  # noqa: T201

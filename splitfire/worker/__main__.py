@@ -13,7 +13,7 @@ from decode_svc.service import DecodeService
 from kvtransfer.ucx import UcxTransport
 from prefill_svc.service import PrefillService
 from splitfire.core.errors import ConfigError
-from splitfire.core.process import end_with_parent
+from splitfire.core.process import end_with_parent, require_environment
 from splitfire.core.settings import WorkerSettings, exit_with, parse_settings
 from splitfire.core.telemetry import configure_logging
 from splitfire.worker.loading import LoadedModel, load_model
@@ -33,6 +33,7 @@ async def serve(settings: WorkerSettings, loaded: LoadedModel, transport: UcxTra
 def main() -> int:
     try:
         end_with_parent()
+        require_environment()
         settings = parse_settings(WorkerSettings, sys.argv[1:], prog="splitfire worker")
         configure_logging(settings.worker_id or settings.role, settings.log_level)
         if settings.cpu_numbers:

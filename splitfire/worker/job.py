@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer.agent import PeerAddress
+from kvtransfer.peers import PeerAddress
 from splitfire.core.errors import ExceedsContext, ExceedsPool, InvalidInput, SplitfireError, Unsupported
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.hashing import HASH_BYTES, BlockHash, chain_root

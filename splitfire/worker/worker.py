@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from kvtransfer.agent import AgentOptions, PeerAddress, TransferAgent
+from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import slot_bytes_for
+from kvtransfer.peers import PeerAddress
 from kvtransfer.transport import Transport
 from splitfire.core import limits
 from splitfire.core.errors import Exhausted, Internal, Mismatch, SplitfireError, Unavailable

@@ -13,6 +13,7 @@ from splitfire.core.errors import ConfigError
 from splitfire.core.settings import (
     RouterSettings,
     WorkerSettings,
+    describe,
     parse_addresses,
     parse_bytes,
     parse_cpus,
@@ -131,6 +132,24 @@ def test_a_service_that_cannot_start_says_so_in_one_line(module: str, flags: lis
     assert len(lines) == 1
     assert says in lines[0]
     assert "Traceback" not in ended.stderr
+
+
+def test_the_page_of_settings_is_printed_from_them() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
+    assert page.read_text() == describe(), "run: make docs"
+
+
+@pytest.mark.parametrize("module", ["router", "splitfire.worker"])
+def test_an_environment_that_cannot_carry_a_service_is_refused(module: str) -> None:
+    """B116, B117."""
+    slow = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    ended = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=60, check=False, env=slow)
+    assert ended.returncode == 2
+    assert "accepted: upb" in ended.stderr
+    limited = f"ulimit -n 64; exec {sys.executable} -m {module}"
+    few = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60, check=False)
+    assert few.returncode == 2
+    assert "needs 1024" in few.stderr
 
 
 def test_an_odd_locale_and_time_zone_do_not_matter() -> None:

@@ -14,7 +14,8 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
 
-from router.fleet import Fleet, FleetService, check_hello, clamped
+from router.fleet import Fleet, check_hello, clamped
+from router.fleet_api import FleetService
 from splitfire.core.errors import InvalidInput
 from splitfire.core.fingerprint import PROTOCOL_MAJOR
 from splitfire.core.model_dir import ModelDir

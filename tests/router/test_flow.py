@@ -9,8 +9,9 @@ from collections.abc import Callable, Coroutine
 import pytest
 
 from router.admission import Admission, AdmissionLimits
+from router.choice import Choice, RequestPlan
 from router.fleet import Fleet
-from router.flow import Choice, Flow, RequestPlan
+from router.flow import Flow
 from router.placement import Placement, Split
 from splitfire.core.errors import Code, DataLoss, SplitfireError
 from splitfire.core.hashing import chain_root, hash_blocks

@@ -1,0 +1,35 @@
+# Each target is one command a person may want; nothing here is needed to build.
+.PHONY: demo test test-fast check proto docs bench bench-handoff bench-batching bench-idle pico clean
+
+demo:            ## the main job once, on the built-in model
+	scripts/demo
+
+test:            ## all tests
+	scripts/test
+
+test-fast:       ## without the end-to-end tests
+	scripts/test --ignore=tests/e2e
+
+check:           ## format, lint, types, protos
+	scripts/check
+
+proto:           ## splitfire/v1 from proto/
+	scripts/genproto
+
+docs:            ## the pages that are printed from code
+	.venv/bin/python -m kvtransfer.protocol > docs/protocol.md
+	.venv/bin/python -m splitfire.core.settings > docs/settings.md
+
+bench: bench-handoff bench-batching bench-idle   ## all benchmarks, into benchmarks/results/
+
+bench-%:
+	.venv/bin/python -m benchmarks.serve $*
+
+pico:            ## train the built-in models again (hours)
+	.venv/bin/python models/train_pico.py data
+	.venv/bin/python models/train_pico.py train --compile
+	.venv/bin/python models/train_pico.py draft --compile
+	.venv/bin/python models/train_pico.py eval
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -1,0 +1,89 @@
+"""One try of one choice at the workers it was placed on: their frames in, one end out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from router.choice import Choice
+from router.fleet import Fleet
+from router.placement import Placement
+from splitfire.core.errors import Code, DataLoss, Internal, SplitfireError, Unavailable
+from splitfire.core.lifecycle import ReqEvent
+from splitfire.v1 import fleet_pb2, inference_pb2
+
+log = structlog.get_logger("router")
+
+
+class Attempt:
+    """One try of one choice at the workers it was placed on. Ends once, with None (finished) or the error."""
+
+    def __init__(self, choice: Choice, placement: Placement, fleet: Fleet, vocab_size: int) -> None:
+        self.choice = choice
+        self.placement = placement
+        self.ended: asyncio.Future[SplitfireError | None] = asyncio.get_running_loop().create_future()
+        self._fleet = fleet
+        self._vocab_size = vocab_size
+        self._is_prefill_over = placement.prefill is None
+        self._has_decoded = False
+        self._resumed_at = len(choice.ids)
+        self.number = fleet.begin(placement, len(choice.plan.prompt) + len(choice.ids), self)
+
+    def end(self, error: SplitfireError | None, cancel_reason: str | None = "attempt over") -> None:
+        """Over at every worker that still has it."""
+        if self.ended.done():
+            return
+        self.ended.set_result(error)
+        self._fleet.end(self.number, None, cancel_reason)
+
+    # -- AttemptEvents
+
+    def on_output(self, incarnation: bytes, output: fleet_pb2.SequenceOutput) -> None:
+        choice = self.choice
+        had = len(choice.ids)
+        broken = choice.append(output, self._vocab_size)
+        if broken:
+            log.error("worker broke the protocol", request_id=choice.plan.request_id, detail=broken)
+            self.end(Unavailable("a worker broke the protocol", reason="worker_protocol_error"))
+            return
+        if output.HasField("timing"):
+            choice.timeline.worker_phases.extend(output.timing.phases)
+            choice.timeline.cached_tokens = max(choice.timeline.cached_tokens, output.timing.cached_tokens)
+        if had == self._resumed_at and len(choice.ids) > had:
+            self._fleet.started(self.number)
+            if choice.timeline.first_token_at is None:
+                choice.timeline.first_token_at = time.monotonic()
+            choice.advance(ReqEvent.TOKEN)
+        self._has_decoded |= incarnation == self.placement.decode
+
+    def on_finished(self, incarnation: bytes, finished: fleet_pb2.Finished) -> None:
+        timeline = self.choice.timeline
+        timeline.worker_phases.extend(finished.timing.phases)
+        if finished.HasField("kv_transfer"):
+            timeline.kv_transfer = finished.kv_transfer
+        if finished.reason != inference_pb2.FINISH_REASON_UNSPECIFIED:
+            self._fleet.end(self.number, incarnation, None)
+            self.choice.finish(finished.reason)
+            self.end(None)
+        elif incarnation == self.placement.prefill:  # shipped: decode has it all
+            self._is_prefill_over = True
+            self._fleet.end(self.number, incarnation, None)
+
+    def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None:
+        self._fleet.end(self.number, incarnation, None)
+        error = SplitfireError(refused.message, reason=refused.reason)
+        if refused.reason == "kv_digest_mismatch":
+            error = DataLoss(refused.message, reason=refused.reason)
+        elif refused.code == Code.INTERNAL:
+            error = Internal(refused.message, reason=refused.reason)
+        elif refused.is_retryable:
+            error = Unavailable(refused.message, reason=refused.reason)
+        error.is_retryable = refused.is_retryable
+        self.end(error)
+
+    def on_lost(self, incarnation: bytes) -> None:
+        if incarnation == self.placement.prefill and (self._is_prefill_over or self._has_decoded):
+            return
+        self.end(Unavailable("a worker was lost", reason="no_decode" if incarnation == self.placement.decode else "no_prefill"))

@@ -1,0 +1,99 @@
+"""The service workers dial: authenticates, greets, and carries frames between a stream and the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+
+from router.fleet import Fleet, WorkerHandle
+from router.status import abort
+from splitfire.core import limits
+from splitfire.core.errors import InvalidInput, SplitfireError, Unauthenticated
+from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from splitfire.v1 import fleet_pb2, fleet_pb2_grpc
+
+log = structlog.get_logger("router")
+FleetContext = grpc.aio.ServicerContext[Any, Any]
+
+
+class FleetService(fleet_pb2_grpc.FleetServicer):
+    """fleet.proto's service, for workers only."""
+
+    def __init__(self, fleet: Fleet, router_id: str, token: bytes | None) -> None:
+        self._fleet = fleet
+        self._router_id = router_id
+        self._token = token
+
+    async def Attach(self, requests: AsyncIterator[fleet_pb2.AttachRequest], context: FleetContext) -> None:  # type: ignore[override]  # noqa: N802
+        """One worker, for as long as its stream lives."""
+        try:
+            self._authenticate(context)
+            async with asyncio.timeout(limits.HELLO_TIMEOUT_S):
+                first = await context.read()
+            if not isinstance(first, fleet_pb2.AttachRequest) or not first.HasField("hello"):
+                raise InvalidInput("frame", "the first one must be hello")
+            self._fleet.check(first.hello)
+        except TimeoutError:
+            return
+        except SplitfireError as exc:
+            log.warning("worker refused", reason=exc.reason, detail=str(exc))
+            await abort(context, exc, "")
+        worker = WorkerHandle(first.hello)
+        version = fleet_pb2.ProtocolVersion(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR)
+        worker.send(welcome=fleet_pb2.Welcome(router_id=self._router_id, version=version))
+        self._fleet.add(worker)
+        tasks = [
+            asyncio.create_task(self._write(worker, context), name=f"fleet-write-{worker.hello.worker_id}"),
+            asyncio.create_task(self._read(worker, context), name=f"fleet-read-{worker.hello.worker_id}"),
+            asyncio.create_task(worker.is_gone.wait(), name=f"fleet-gone-{worker.hello.worker_id}"),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._fleet.remove(worker)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def Report(self, requests: AsyncIterator[fleet_pb2.ReportRequest], context: FleetContext) -> None:  # type: ignore[override]  # noqa: N802
+        try:
+            self._authenticate(context)
+        except SplitfireError as exc:
+            await abort(context, exc, "")
+        while isinstance(report := await context.read(), fleet_pb2.ReportRequest):
+            self._fleet.on_report(report)
+
+    async def _write(self, worker: WorkerHandle, context: FleetContext) -> None:
+        while True:
+            await context.write(await worker.outbox.get())
+
+    async def _read(self, worker: WorkerHandle, context: FleetContext) -> None:
+        """Never waits for a client: every frame goes into a buffer."""
+        while isinstance(request := await context.read(), fleet_pb2.AttachRequest):
+            kind = request.WhichOneof("frame")
+            if kind == "step_output":
+                for output in request.step_output.sequences:
+                    events = worker.attempts.get(output.attempt)
+                    if events is not None:
+                        events.on_output(worker.incarnation, output)
+            elif kind == "finished":
+                events = worker.attempts.get(request.finished.attempt)
+                if events is not None:
+                    events.on_finished(worker.incarnation, request.finished)
+            elif kind == "refused":
+                events = worker.attempts.get(request.refused.attempt)
+                if events is not None:
+                    events.on_refused(worker.incarnation, request.refused)
+
+    def _authenticate(self, context: FleetContext) -> None:
+        if self._token is None:
+            return
+        given = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
+        expected = b"Bearer " + self._token
+        if len(given) != 1 or not hmac.compare_digest(str(given[0]).encode(), expected):
+            raise Unauthenticated("this port is for workers; give them the router's --fleet-token-file", reason="fleet_token")
