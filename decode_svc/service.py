@@ -10,7 +10,7 @@ from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId
 from splitfire.v1 import fleet_pb2, inference_pb2, kv_pb2
 from splitfire.worker.context import WorkerContext
-from splitfire.worker.job import Job, Replies, logprobs_to_wire
+from splitfire.worker.job import Job, JobTable, Replies, logprobs_to_wire
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class DecodeService:
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._decodes: dict[SeqId, _Decode] = {}
+        self._decodes: JobTable[_Decode] = JobTable()
 
     @property
     def num_jobs(self) -> int:
@@ -41,7 +41,8 @@ class DecodeService:
         return seq_id in self._decodes
 
     def submit(self, job: Job) -> None:
-        decode = self._decodes[job.spec.seq_id] = _Decode(job)
+        decode = _Decode(job)
+        self._decodes.add(decode)
         if job.part == fleet_pb2.PART_WHOLE:
             self._context.host.add(job.spec)
         elif job.handoff is None:
@@ -71,7 +72,7 @@ class DecodeService:
             self._finish(decode, update)
 
     def cancel(self, replies: Replies, attempt: int | None) -> None:
-        for decode in [d for d in self._decodes.values() if d.job.replies is replies and attempt in (None, d.job.attempt)]:
+        for decode in self._decodes.of(replies, attempt):
             self._drop(decode)
 
     def _output(self, decode: _Decode, update: SequenceUpdate) -> fleet_pb2.SequenceOutput:
@@ -116,7 +117,7 @@ class DecodeService:
 
     def _finish(self, decode: _Decode, update: SequenceUpdate) -> None:
         job, context, now = decode.job, self._context, self._context.clock()
-        self._decodes.pop(job.spec.seq_id, None)
+        self._decodes.remove(decode)
         began = decode.joined_at or decode.began or now
         timing = fleet_pb2.WorkerTiming(phases=[context.phase(job, "decode", began, now)])
         num_tokens = update.offset + 1 - len(job.spec.output)
@@ -134,7 +135,8 @@ class DecodeService:
         job.replies.finished(finished)
 
     def _on_joined(self, intake: Intake, first: kv_pb2.FirstToken) -> None:
-        decode = self._decodes[intake.job.spec.seq_id]
+        decode = self._decodes.get(intake.job.spec.seq_id)
+        assert decode is not None  # a record goes only after its intake
         decode.intake, decode.first, decode.joined_at = intake, first, self._context.clock()
         receiver = intake.receiver
         decode.kv_transfer = inference_pb2.KvTransfer(
@@ -146,7 +148,9 @@ class DecodeService:
 
     def _on_failed(self, intake: Intake, reason: str, is_retryable: bool) -> None:
         job = intake.job
-        self._decodes.pop(job.spec.seq_id, None)
+        decode = self._decodes.get(job.spec.seq_id)
+        if decode is not None:
+            self._decodes.remove(decode)
         error: SplitfireError
         if reason == "kv_digest_mismatch":
             error = DataLoss("KV arrived corrupt", reason=reason)
@@ -158,7 +162,7 @@ class DecodeService:
 
     def _drop(self, decode: _Decode) -> None:
         """Ends a job without a reply; what it holds is free now, or with the engine's next turn."""
-        self._decodes.pop(decode.job.spec.seq_id, None)
+        self._decodes.remove(decode)
         if decode.intake is not None and decode.joined_at is None:
             decode.intake.cancel()
         else:

@@ -11,7 +11,7 @@ from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId, SequenceTimes
 from splitfire.v1 import fleet_pb2, inference_pb2
 from splitfire.worker.context import WorkerContext
-from splitfire.worker.job import Job, Replies, logprobs_to_wire
+from splitfire.worker.job import Job, JobTable, Replies, logprobs_to_wire
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class PrefillService:
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._prefills: dict[SeqId, _Prefill] = {}
+        self._prefills: JobTable[_Prefill] = JobTable()
 
     @property
     def num_jobs(self) -> int:
@@ -38,7 +38,7 @@ class PrefillService:
         return seq_id in self._prefills
 
     def submit(self, job: Job) -> None:
-        self._prefills[job.spec.seq_id] = _Prefill(job)
+        self._prefills.add(_Prefill(job))
         self._context.host.add(job.spec)
 
     def on_started(self, seq_id: SeqId) -> None:
@@ -65,14 +65,8 @@ class PrefillService:
             prefill.shipment.advance(update)
 
     def cancel(self, replies: Replies, attempt: int | None) -> None:
-        for prefill in [p for p in self._prefills.values() if p.job.replies is replies and attempt in (None, p.job.attempt)]:
+        for prefill in self._prefills.of(replies, attempt):
             self._end(prefill)
-
-    def redirect(self, replies: Replies, redirect: fleet_pb2.Redirect) -> None:
-        """Not held for another receiver in this version: the attempt ends, and the router submits again."""
-        for prefill in [p for p in self._prefills.values() if p.job.replies is replies and p.job.attempt == redirect.attempt]:
-            self._end(prefill)
-            prefill.job.refuse(Unavailable("the prompt is not held any more; submit again", reason="not_held"))
 
     def _send_first_token(self, job: Job, update: SequenceUpdate) -> None:
         token, times, context = update.token, update.times, self._context
@@ -134,5 +128,5 @@ class PrefillService:
         prefill.is_over = True
         if prefill.shipment is not None:
             prefill.shipment.withdraw("request ended")
-        self._prefills.pop(prefill.job.spec.seq_id, None)
+        self._prefills.remove(prefill)
         self._context.host.finish(prefill.job.spec.seq_id)

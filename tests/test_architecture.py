@@ -44,6 +44,10 @@ PURE = {
     "kvtransfer.ring",
     "kvtransfer.sender",
     "kvtransfer.receiver",
+    "kvtransfer.outgoing",
+    "kvtransfer.incoming",
+    "kvtransfer.peers",
+    "kvtransfer.probe",
     "router.placement",
     "router.admission",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from kvtransfer.peers import PeerAddress
 from splitfire.core.errors import ExceedsContext, ExceedsPool, InvalidInput, SplitfireError, Unsupported
@@ -68,6 +68,42 @@ class JobLimits:
     num_blocks: int
     layout: KvLayout
     fingerprint: Fingerprint
+
+
+class HasJob(Protocol):
+    """A service's own record of a job."""
+
+    @property
+    def job(self) -> Job: ...
+
+
+Record = TypeVar("Record", bound=HasJob)
+
+
+class JobTable(Generic[Record]):
+    """The records of a service's open jobs, by sequence and by attempt."""
+
+    def __init__(self) -> None:
+        self._records: dict[SeqId, Record] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, seq_id: object) -> bool:
+        return seq_id in self._records
+
+    def add(self, record: Record) -> None:
+        self._records[record.job.spec.seq_id] = record
+
+    def get(self, seq_id: SeqId) -> Record | None:
+        return self._records.get(seq_id)
+
+    def remove(self, record: Record) -> None:
+        self._records.pop(record.job.spec.seq_id, None)
+
+    def of(self, replies: Replies, attempt: int | None) -> list[Record]:
+        """Those of one router: one attempt, or (None) all."""
+        return [r for r in self._records.values() if r.job.replies is replies and attempt in (None, r.job.attempt)]
 
 
 def refusal(attempt: int, error: SplitfireError, *, is_retryable: bool) -> fleet_pb2.Refused:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import resource
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import structlog
 
@@ -22,7 +20,6 @@ from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import slot_bytes_for
 from kvtransfer.peers import PeerAddress
 from kvtransfer.transport import Transport
-from splitfire.core import limits
 from splitfire.core.errors import Exhausted, Internal, Mismatch, SplitfireError, Unavailable
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from splitfire.core.settings import WorkerSettings, read_secret
@@ -36,6 +33,7 @@ from splitfire.worker.health import HealthPort
 from splitfire.worker.host import EngineHost
 from splitfire.worker.job import JobLimits, make_job, peer_address, refusal
 from splitfire.worker.link import LinkOptions, RouterLink
+from splitfire.worker.load import LoadReporter, host_id
 from splitfire.worker.loading import LoadedModel
 
 log = structlog.get_logger("worker")
@@ -43,14 +41,6 @@ WATCH_EVERY_S = 0.5
 SHUTDOWN_S = 3.0  # for saying goodbye; the process ends whatever happens
 STUCK_S = 60.0  # a step that takes longer than this means the engine is lost, not slow
 ROLES = {"prefill": inference_pb2.ROLE_PREFILL, "decode": inference_pb2.ROLE_DECODE}
-
-
-@dataclass(slots=True)
-class _Reports:
-    """What one Report stream has to say; a new event wakes its writer early."""
-
-    pairs: list[fleet_pb2.PairMeasurement] = field(default_factory=list)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Worker:
@@ -82,8 +72,7 @@ class Worker:
         token = read_secret(settings.fleet_token_file) if settings.fleet_token_file else None
         self._links = [RouterLink(LinkOptions(address, token), self, self._on_refused) for address in settings.routers]
         self._health = HealthPort(settings.status_host, settings.status_port)
-        self._reports: list[_Reports] = []
-        self._known_pairs: dict[bytes, fleet_pb2.PairMeasurement] = {}
+        self._reporter = LoadReporter(loaded.engine, self.agent, lambda: self._is_draining)
         self._is_draining = False
         self._changed = asyncio.Event()
         self._exit = asyncio.Event()
@@ -124,7 +113,7 @@ class Worker:
         self._changed.set()
         log.info("draining", jobs=self._num_jobs, grace_s=self.settings.grace_s)
         asyncio.get_running_loop().call_later(self.settings.grace_s, self._stop, 0)
-        self._report_now()
+        self._reporter.report_now()
 
     # -- WorkerSide
 
@@ -154,16 +143,15 @@ class Worker:
         elif kind == "cancel":
             for service in (self._prefill, self._decode):
                 service.cancel(link, frame.cancel.attempt)
-        elif kind == "redirect":
-            link.refused(
-                refusal(
-                    frame.redirect.attempt, Unavailable("not held any more; submit again", reason="not_held"), is_retryable=True
-                )
-            )
+        elif kind == "redirect":  # nothing is held for another receiver in this version: the router submits again
+            for service in (self._prefill, self._decode):
+                service.cancel(link, frame.redirect.attempt)
+            error = Unavailable("the prompt is not held any more; submit again", reason="not_held")
+            link.refused(refusal(frame.redirect.attempt, error, is_retryable=True))
         elif kind == "peer_up":
             self._meet(frame.peer_up.peer)
         elif kind == "peer_gone":
-            self._known_pairs.pop(frame.peer_gone.incarnation, None)
+            self._reporter.forget(frame.peer_gone.incarnation)
             self.agent.peer_gone(frame.peer_gone.incarnation)
         elif kind == "drain" and not self._is_draining:
             self.drain()
@@ -176,25 +164,8 @@ class Worker:
         for service in (self._prefill, self._decode):
             service.cancel(link, None)
 
-    async def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
-        """Load every second, sooner when something ended; pairs as they are measured, and those known before."""
-        mine = _Reports(list(self._known_pairs.values()))
-        self._reports.append(mine)
-        try:
-            while True:
-                for pair in mine.pairs:
-                    yield fleet_pb2.ReportRequest(incarnation=self.incarnation, pair=pair)
-                mine.pairs.clear()
-                mine.wake.clear()
-                yield fleet_pb2.ReportRequest(incarnation=self.incarnation, load=self._load())
-                try:
-                    async with asyncio.timeout(limits.REPORT_EVERY_S):
-                        await mine.wake.wait()
-                    await asyncio.sleep(0.05)  # what ends together is reported together
-                except TimeoutError:
-                    pass
-        finally:
-            self._reports.remove(mine)
+    def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
+        return self._reporter.reports()
 
     # -- inside
 
@@ -234,7 +205,7 @@ class Worker:
                     service.on_update(update)
                     break
         if has_ended:
-            self._report_now()
+            self._reporter.report_now()
 
     def _meet(self, peer: fleet_pb2.Peer) -> None:
         """A worker of the other role is up. The prefill side measures."""
@@ -244,7 +215,7 @@ class Worker:
             log.warning("cannot exchange KV", peer=peer.worker_id, reason=str(exc))
             return
         self.agent.meet(address)
-        if self.settings.role == "prefill" and peer.incarnation not in self._known_pairs:
+        if self.settings.role == "prefill" and not self._reporter.knows(peer.incarnation):
             is_same_host = peer.host == host_id()
             self.agent.measure(address, lambda *measured: self._on_measured(address, is_same_host, *measured))
 
@@ -264,29 +235,7 @@ class Worker:
         pair = fleet_pb2.PairMeasurement(
             peer_incarnation=peer.incarnation, transport=name, path=path, round_trip_s=round_trip_s, bytes_per_s=bytes_per_s
         )
-        self._known_pairs[peer.incarnation] = pair
-        for reports in self._reports:
-            reports.pairs.append(pair)
-        self._report_now()
-
-    def _load(self) -> fleet_pb2.Load:
-        load = self._loaded.engine.load()
-        return fleet_pb2.Load(
-            total_blocks=load.total_blocks,
-            free_blocks=load.available_blocks,
-            running_sequences=load.running,
-            waiting_sequences=load.waiting,
-            queued_tokens=load.queued_tokens,
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-            decode_tokens_per_s=load.decode_tokens_per_s,
-            resident_bytes=resident_bytes(),
-            held_slots=self.agent.num_held_slots,
-            is_draining=self._is_draining,
-        )
-
-    def _report_now(self) -> None:
-        for reports in self._reports:
-            reports.wake.set()
+        self._reporter.add_pair(pair)
 
     async def _watch(self) -> None:
         """Keeps health true, ends a drain when nothing is left, and the process when its engine is lost."""
@@ -312,21 +261,3 @@ class Worker:
     def _stop(self, code: int) -> None:
         self._exit_code = self._exit_code or code
         self._exit.set()
-
-
-def host_id() -> str:
-    """Equal on two processes that can share memory: one boot of one kernel, one /dev/shm."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot = file.read().strip()
-        return f"{boot}-{os.stat('/dev/shm').st_dev}"  # noqa: S108
-    except OSError:
-        return socket.gethostname()
-
-
-def resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
