@@ -82,6 +82,11 @@ class TransferAgent:
     def num_held_slots(self) -> int:
         return self.send_ring.num_lent + self.receive_ring.num_lent
 
+    @property
+    def is_worn_out(self) -> bool:
+        """Too many slots were lost with their peers: the worker should drain and start anew."""
+        return self.send_ring.is_exhausted or self.receive_ring.is_exhausted
+
     def offer(self, shipment: Shipment, peer: PeerAddress, source: Source) -> Sender:
         """Starts a hand-off to `peer`. The returned machine is told what gets computed, and may be aborted."""
         self._watch()
@@ -112,7 +117,7 @@ class TransferAgent:
         """The peer is dead or was replaced: its transfers end now, nothing of it is accepted any more."""
         peer = self._peers.remove(incarnation)
         if peer is not None:
-            self._outgoing.abort_all("peer_gone", peer)
+            self._outgoing.peer_gone(peer)
             self._incoming.peer_gone(peer)
             peer.link.close()
 

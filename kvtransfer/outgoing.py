@@ -81,6 +81,7 @@ class Outgoing:
         self._clock = clock
         self._sendings: dict[bytes, _Sending] = {}
         self._queue: deque[_Piece] = deque()  # at most one for each slot lent to us
+        self._in_flight: dict[RingSlot, Peer] = {}
 
     def __len__(self) -> int:
         return len(self._sendings)
@@ -97,12 +98,19 @@ class Outgoing:
     def on_message(self, message: kv_pb2.KvMessage) -> None:
         self._sendings[message.transfer_id].sender.on_message(message)
 
-    def abort_all(self, reason: str, peer: Peer | None = None) -> None:
-        """Every transfer, or those to a peer that is gone and need not be told."""
-        for sending in [s for s in self._sendings.values() if peer in (None, s.peer)]:
-            sending.sender.abort(reason, tell_peer=peer is None)
-        if peer is not None:
-            self._queue = deque(waiting for waiting in self._queue if waiting.sending.peer is not peer)
+    def abort_all(self, reason: str) -> None:
+        for sending in list(self._sendings.values()):
+            sending.sender.abort(reason)
+
+    def peer_gone(self, peer: Peer) -> None:
+        """Its transfers end without it, and the slots it may still read from are quarantined."""
+        for sending in [s for s in self._sendings.values() if s.peer is peer]:
+            sending.sender.abort("peer_gone", tell_peer=False)
+        self._queue = deque(waiting for waiting in self._queue if waiting.sending.peer is not peer)
+        for slot in [s for s, target in self._in_flight.items() if target is peer]:
+            del self._in_flight[slot]
+            self.ring.quarantine(slot)
+        self._send_queued()
 
     def tick(self, now: float) -> None:
         """Ends what waits too long for the receiver."""
@@ -156,7 +164,11 @@ class Outgoing:
         length = write_payload(slot.buffer, self._incarnation, header, bind(header, sums))
         sender.bytes_sent += num_bytes
 
+        self._in_flight[slot] = sending.peer
+
         def sent(exc: Exception | None) -> None:
+            if self._in_flight.pop(slot, None) is None:  # given up meanwhile
+                return
             self.ring.give_back(slot)
             if exc is not None:
                 sender.abort("transport")

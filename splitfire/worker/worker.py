@@ -245,6 +245,9 @@ class Worker:
                     await self._changed.wait()
             self._changed.clear()
             await self._health.set_serving(not self._is_draining and any(link.is_attached for link in self._links))
+            if self.agent.is_worn_out and not self._is_draining:
+                log.error("too many transfers were lost with their peers; a fresh start is needed")
+                self.drain()
             if self._is_draining and not self._num_jobs:
                 self._stop(0)
             if self._loaded.engine.has_work and time.monotonic() - self._host.last_turn > STUCK_S:

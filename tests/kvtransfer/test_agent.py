@@ -248,6 +248,42 @@ def test_a_lost_peer_ends_its_transfers_and_its_slots_are_replaced() -> None:
     play(scene())
 
 
+def test_a_receiver_lost_in_mid_send_costs_its_slots_and_nobody_elses_transfer() -> None:
+    async def scene() -> None:
+        hub = Hub()
+        pair = make_pair((hub.create(), hub.create()))
+
+        class LosesItsPeer(FakeSource):
+            def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview) -> list[int]:
+                hub.lose(pair.at_decode.address)  # the send that follows never completes
+                return super().pack(first_block, num_blocks, dtype, payload)
+
+        source, sink = LosesItsPeer(1), FakeSink(1)
+        pair.expect(sink, 16 * 30, b"a" * 16)
+        pair.offer(source, 16 * 30, b"a" * 16).computed(16 * 30)
+        await until(lambda: pair.prefill.send_ring.num_lent == pair.prefill.send_ring.num_slots)
+        pair.prefill.peer_gone(pair.decode.incarnation)
+        assert source.outcome is Outcome.ABORTED
+        assert pair.prefill.num_open == 0 and pair.prefill.num_held_slots == 0 and not pair.prefill.is_worn_out
+
+        options = AgentOptions(send_slots=2, receive_slots=4, slot_bytes=SLOT_BYTES)
+        fresh = TransferAgent(hub.create(), secrets.token_bytes(16), FINGERPRINT, options)
+        fresh.start()
+        fresh_address = PeerAddress("worker-2", fresh.incarnation, fresh.transport.address)
+        second = Pair(pair.prefill, fresh, pair.at_prefill, fresh_address)
+        source, sink = FakeSource(2), FakeSink(2)
+        second.expect(sink, 16 * 30, b"b" * 16)
+        sender = second.offer(source, 16 * 30, b"b" * 16)
+        sender.computed(16 * 30)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is not None)
+        assert source.outcome is Outcome.RECEIVED
+        sink.assert_right(30)
+        second.assert_no_leaks()
+
+    play(scene())
+
+
 def test_messages_of_a_stale_incarnation_are_dropped() -> None:
     async def scene() -> None:
         pair = make_pair(memory_transports())
