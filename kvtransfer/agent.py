@@ -104,7 +104,7 @@ class TransferAgent:
     def measure(self, peer: PeerAddress, done: Measured) -> None:
         """Measures the pair; `done` once, unless the peer goes first. Starts over while the peer is new or busy."""
         there = self._peers.get(peer)
-        meter = there.meter = PairMeter(self, there.send, there.link, done)
+        meter = there.meter = PairMeter(self, there.send, lambda lent: self._outgoing.fill(there, lent), done)
         meter.start()
 
         def look_again() -> None:

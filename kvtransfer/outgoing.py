@@ -7,12 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer.frames import DIGEST_SUM64, TARGET_CACHE, PayloadHeader, bind, blocks_per_slot, data_offset, write_payload
+from kvtransfer.frames import (
+    DIGEST_SUM64,
+    TARGET_CACHE,
+    PayloadHeader,
+    bind,
+    blocks_per_slot,
+    data_offset,
+    write_payload,
+    write_void,
+)
 from kvtransfer.peers import Peer
 from kvtransfer.protocol import Send
 from kvtransfer.ring import Ring, RingSlot
 from kvtransfer.sender import LentSlot, Outcome, Piece, Sender, Shipment
-from kvtransfer.transport import slot_tag
+from kvtransfer.transport import Done, slot_tag
 from splitfire.core import limits
 from splitfire.core.layout import KvLayout
 from splitfire.v1 import kv_pb2
@@ -122,6 +131,16 @@ class Outgoing:
     def remove(self, sending: _Sending) -> None:
         self._sendings.pop(sending.sender.shipment.transfer_id, None)
 
+    def fill(self, peer: Peer, target: LentSlot) -> None:
+        """Fills a whole slot of a peer with nothing, to measure; from other memory when no slot is free here."""
+        slot = self.ring.lend()
+        buffer = slot.buffer if slot is not None else memoryview(bytearray(self.ring.slot_bytes))
+        length = write_void(buffer, self._incarnation, len(buffer))
+        if slot is not None:
+            self._post(slot, peer, target, length, lambda _exc: None)
+        else:
+            peer.link.send_payload(slot_tag(target.index, target.generation), buffer, lambda _exc: None)
+
     def queue(self, piece: _Piece) -> None:
         self._queue.append(piece)
         self._send_queued()
@@ -164,14 +183,21 @@ class Outgoing:
         length = write_payload(slot.buffer, self._incarnation, header, bind(header, sums))
         sender.bytes_sent += num_bytes
 
-        self._in_flight[slot] = sending.peer
-
         def sent(exc: Exception | None) -> None:
+            if exc is not None:
+                sender.abort("transport")
+
+        self._post(slot, sending.peer, target, length, sent)
+
+    def _post(self, slot: RingSlot, peer: Peer, target: LentSlot, length: int, sent: Done) -> None:
+        """Sends the beginning of a send slot; `sent` unless the peer goes first."""
+        self._in_flight[slot] = peer
+
+        def completed(exc: Exception | None) -> None:
             if self._in_flight.pop(slot, None) is None:  # given up meanwhile
                 return
             self.ring.give_back(slot)
-            if exc is not None:
-                sender.abort("transport")
+            sent(exc)
             self._send_queued()
 
-        sending.peer.link.send_payload(slot_tag(target.index, target.generation), slot.buffer[:length], sent)
+        peer.link.send_payload(slot_tag(target.index, target.generation), slot.buffer[:length], completed)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kvtransfer.frames import write_void
 from kvtransfer.ring import Ring, RingSlot
-from kvtransfer.transport import Link, slot_tag
+from kvtransfer.sender import LentSlot
 from splitfire.v1 import kv_pb2
 
 NUM_ROUND_TRIPS = 15
@@ -38,14 +37,19 @@ class ProbeHost(Protocol):
 
 
 class PairMeter:
-    """The measuring side: one measurement. `done(round_trip_s, bytes_per_s, path)` is called once."""
+    """The measuring side: one measurement. `fill` sends a whole slot to one that was lent; `done(round_trip_s, bytes_per_s,
+    path)` is called once."""
 
     def __init__(
-        self, host: ProbeHost, send: Callable[[kv_pb2.KvMessage], None], link: Link, done: Callable[[float, float, str], None]
+        self,
+        host: ProbeHost,
+        send: Callable[[kv_pb2.KvMessage], None],
+        fill: Callable[[LentSlot], None],
+        done: Callable[[float, float, str], None],
     ) -> None:
         self._host = host
         self._send = send
-        self._link = link
+        self._fill = fill
         self.is_done = False
         self._done = done
         self._round_trips: list[float] = []
@@ -67,24 +71,13 @@ class PairMeter:
                 self._send(kv_pb2.KvMessage(ping=kv_pb2.Ping(num_payloads=NUM_PAYLOADS)))
             return
         for lent in pong.slots.slots:
-            self._fill(slot_tag(lent.index, lent.generation))
+            self._fill(LentSlot(lent.index, lent.generation))
         if pong.num_arrived == NUM_PAYLOADS and not self.is_done:
             self._finish()
 
     def _ping(self) -> None:
         self._sent_at = self._host.now()
         self._send(kv_pb2.KvMessage(ping=kv_pb2.Ping(sequence=len(self._round_trips))))
-
-    def _fill(self, tag: int) -> None:
-        slot = self._host.send_ring.lend()
-        buffer = slot.buffer if slot is not None else memoryview(bytearray(self._host.send_ring.slot_bytes))
-        write_void(buffer, self._host.incarnation, len(buffer))
-
-        def sent(_exc: Exception | None) -> None:
-            if slot is not None:
-                self._host.send_ring.give_back(slot)
-
-        self._link.send_payload(tag, buffer, sent)
 
     def _finish(self) -> None:
         self.is_done = True

@@ -33,16 +33,26 @@ def print_waterfall(console: Console, summary: pb.Summary) -> None:
 
 
 def fleet_table(fleet: pb.GetFleetResponse) -> Table:
+    """Fits 80 columns when ids are short."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("worker", "role", "KV", "blocks free", "running", "queued tokens", "prefill tok/s", "decode tok/s", "memory"):
-        table.add_column(title, justify="left" if title in ("worker", "role", "KV") else "right", no_wrap=True)
-    for worker in fleet.workers:
-        role = pb.Role.Name(worker.role).removeprefix("ROLE_").lower() + (" (draining)" if worker.is_draining else "")
+    table.add_column("worker", no_wrap=True)
+    table.add_column("role", no_wrap=True)
+    table.add_column("KV", no_wrap=True)
+    for title in ("free\nblocks", "running", "queued\ntokens", "prefill\ntok/s", "decode\ntok/s", "RSS\nMB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for worker in sorted(fleet.workers, key=lambda w: (w.role, w.worker_id)):
+        role = pb.Role.Name(worker.role).removeprefix("ROLE_").lower()
         table.add_row(
-            worker.worker_id, role, f"{worker.kv_dtype}, {worker.block_size} tokens a block", f"{worker.free_blocks} of {worker.total_blocks}",
-            str(worker.running_sequences), str(worker.queued_tokens), rate(worker.prefill_tokens_per_s), rate(worker.decode_tokens_per_s),
-            f"{worker.resident_bytes / 1e6:.0f} MB",
-        )  # fmt: skip
+            worker.worker_id,
+            "draining" if worker.is_draining else role,
+            f"{worker.kv_dtype}, {worker.block_size}",
+            f"{worker.free_blocks}/{worker.total_blocks}",
+            str(worker.running_sequences),
+            str(worker.queued_tokens),
+            rate(worker.prefill_tokens_per_s),
+            rate(worker.decode_tokens_per_s),
+            f"{worker.resident_bytes / 1e6:.0f}",
+        )
     return table
 
 

@@ -173,7 +173,7 @@ def free_port() -> int:
 
 def share(cpus: Sequence[int], count: int) -> list[tuple[int, ...]]:
     """`cpus` in `count` equal runs; everybody gets all of them when there are too few."""
-    if len(cpus) < max(count, 1):
+    if not count or len(cpus) < count:
         return [tuple(cpus)] * count
     size = len(cpus) // count
     return [tuple(cpus[i * size : (i + 1) * size]) for i in range(count)]

@@ -30,6 +30,7 @@ log = structlog.get_logger("worker")
 # A chunk is long enough to keep the processor busy and short enough that little KV is left to ship when the prompt is done.
 # CPU: of 512 and 256, the shorter one costs 1 % of prefill and halves the gap to token 2 (benchmarks/serve.py handoff).
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+MIN_KV_MEMORY = 256 << 20  # when nobody says how much
 WEIGHT_FORMAT = "plain"  # weights as stored, converted to the dtype of computation
 
 
@@ -64,13 +65,7 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
         config.head_dim,
         settings.block_size,
     )
-    num_blocks = settings.kv_memory // layout.block_bytes
-    if num_blocks < layout.blocks_for(max_context) + 1:
-        least = (layout.blocks_for(max_context) + 1) * layout.block_bytes
-        raise ConfigError(
-            f"kv_memory is {settings.kv_memory} bytes, one sequence of max_context = {max_context} tokens needs {least}; "
-            f"give --kv-memory {-(-least >> 20)}MiB or a smaller --max-context"
-        )
+    num_blocks = _num_blocks(settings.kv_memory, layout, max_context)
     _check_memory(config.num_parameters * DTYPE_BYTES[dtype], num_blocks * layout.block_bytes, device)
     with ThreadPoolExecutor(1, "digest") as pool:
         digest = pool.submit(weights_digest, sorted({entry.file for entry in model.tensors().values()}))
@@ -84,6 +79,19 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     chunk_tokens = settings.chunk_tokens or max(CHUNK_TOKENS[device.type], settings.block_size)
     engine = Engine(runner, blocks, Budget(chunk_tokens, settings.max_running), time.monotonic)
     return LoadedModel(model, engine, layout, fingerprint, max_context, chunk_tokens)
+
+
+def _num_blocks(kv_memory: int | None, layout: KvLayout, max_context: int) -> int:
+    """Blocks of the pool; the longest sequence fits, with one block to spare."""
+    least = (layout.blocks_for(max_context) + 1) * layout.block_bytes
+    if kv_memory is None:
+        kv_memory = max(least, MIN_KV_MEMORY)
+    if kv_memory < least:
+        raise ConfigError(
+            f"kv_memory is {kv_memory} bytes, one sequence of max_context = {max_context} tokens needs {least}; "
+            f"give --kv-memory {-(-least >> 20)}MiB or a smaller --max-context"
+        )
+    return kv_memory // layout.block_bytes
 
 
 def _load(model: ModelDir, options: LoadOptions) -> Weights:
@@ -123,5 +131,5 @@ def _check_memory(weight_bytes: int, pool_bytes: int, device: torch.device) -> N
     if weight_bytes + pool_bytes > available:
         raise ConfigError(
             f"the model needs {weight_bytes >> 20} MiB and the KV pool {pool_bytes >> 20} MiB, {available >> 20} MiB are available; "
-            "use a smaller model or a smaller --kv-memory"
+            "use a smaller model, or a smaller --kv-memory or --max-context"
         )

@@ -1,0 +1,49 @@
+"""What a person sees on a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from rich.console import Console
+
+from splitfire.cli.render import fleet_table, print_waterfall
+from splitfire.v1 import inference_pb2 as pb
+
+
+def console() -> tuple[Console, StringIO]:
+    text = StringIO()
+    return Console(file=text, width=80), text
+
+
+def test_the_fleet_fits_80_columns_and_nothing_is_cut() -> None:
+    worker = pb.WorkerStatus(
+        kv_dtype="fp32", block_size=32, free_blocks=1234, total_blocks=1365, running_sequences=64, queued_tokens=12345,
+        prefill_tokens_per_s=4801, decode_tokens_per_s=700, resident_bytes=370_000_000,
+    )  # fmt: skip
+    fleet = pb.GetFleetResponse()
+    for name, role in (("decode-0", pb.ROLE_DECODE), ("prefill-0", pb.ROLE_PREFILL)):
+        worker.worker_id, worker.role = name, role
+        fleet.workers.append(worker)
+    screen, text = console()
+    screen.print(fleet_table(fleet))
+    assert "…" not in text.getvalue()
+    rows = text.getvalue().splitlines()[-2:]
+    assert rows[0].split() == ["prefill-0", "prefill", "fp32,", "32", "1234/1365", "64", "12345", "4801", "700", "370"]
+    assert rows[1].startswith("decode-0")
+
+
+def test_the_waterfall_is_to_scale_and_never_runs_over() -> None:
+    summary = pb.Summary(
+        phases=[
+            pb.Phase(name="prefill", start_s=0.0, duration_s=0.05, worker="prefill-0"),
+            pb.Phase(name="decode", start_s=0.05, duration_s=0.05, worker="decode-0"),
+            pb.Phase(name="join", start_s=0.1, duration_s=0.0, worker="decode-0"),
+        ]
+    )
+    screen, text = console()
+    print_waterfall(screen, summary)
+    lines = text.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    bars = {line.split()[0]: (line.count("█"), line.find("█")) for line in lines if "█" in line}
+    assert bars["prefill"][0] == bars["decode"][0] == 22
+    assert bars["decode"][1] - bars["prefill"][1] == 22
