@@ -28,6 +28,9 @@ log = structlog.get_logger("router")
 NUM_PROCESSES = 2
 START_TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 64 << 20
+REPLACEMENT = "\ufffd"
+LONGEST_CHARACTER = 4  # bytes in UTF-8; a token has at least one
+MAX_UNFINISHED = 8  # ids that may wait for the rest of a character
 
 
 class TextPool:
@@ -170,26 +173,31 @@ class TextStream:
         if self.is_stopped:
             return ""
         self._ids.append(token_id)
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd"):  # an unfinished character
-            return ""
-        return self._match(self._settle(text))
+        text, end = self._decode(self._ids), len(self._ids)
+        if text.endswith(REPLACEMENT):  # an unfinished character, or bytes that will never be one
+            if end - self._num_settled <= MAX_UNFINISHED:
+                return ""
+            end -= LONGEST_CHARACTER - 1
+            whole, text = text, self._decode(self._ids[:end])
+            if not whole.startswith(text) and end - self._num_settled <= 2 * MAX_UNFINISHED:
+                return ""
+        return self._match(self._settle(text, end))
 
     def flush(self) -> str:
         """The end: what was held back comes out, an unfinished character as U+FFFD."""
         if self.is_stopped:
             return ""
-        text = self._match(self._settle(self._decode(self._ids)))
+        text = self._match(self._settle(self._decode(self._ids), len(self._ids)))
         rest, self._held = self._held, ""
         return text if self.is_stopped else text + rest
 
-    def _settle(self, text: str) -> str:
-        """What `text` adds; keeps only the last ids, enough for tokenizers that look at their neighbour."""
+    def _settle(self, text: str, end: int) -> str:
+        """What `text`, of the ids before `end`, adds; keeps the last ids, enough for tokenizers that look at their neighbour."""
         new = text[len(self._settled) :]
-        if new:
+        if new or end - self._num_settled > MAX_UNFINISHED:  # special tokens have no text
             self._ids = self._ids[self._num_settled :]
-            self._num_settled = len(self._ids)
-            self._settled = self._decode(self._ids)
+            self._num_settled = end - self._num_settled
+            self._settled = self._decode(self._ids[: self._num_settled])
         return new
 
     def _match(self, text: str) -> str:

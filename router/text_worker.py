@@ -18,12 +18,12 @@ import jinja2
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
-from splitfire.core.errors import ModelError
+from splitfire.core.errors import ModelError, one_line
 from splitfire.core.limits import MAX_RENDERED_CHARS
 from splitfire.core.model_dir import ModelDir
 
 MAX_MEMORY_BYTES = 2 << 30
-SELF_TEST = ("Hello, world!", "def f(x):\n\treturn x  # é 漢字 🙂", " \n\n\t ", "a" * 1000)
+SELF_TEST = ("Hello, world!", "def f(x):\n\treturn x  # é 漢字 🙂", " \n\n\t ", "a" * 1000, "a" * 64 + "!")
 PROBE_CHAT = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Bye"})
 
 
@@ -38,8 +38,11 @@ class TextEngine:
         try:
             self._tokenizer = Tokenizer.from_file(str(model.tokenizer_path))
         except BaseException as exc:  # the tokenizers library panics with a BaseException of its own
-            raise ModelError(f"tokenizer.json: {str(exc).splitlines()[0][:200]}") from exc
-        largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+            raise ModelError(f"tokenizer.json: {one_line(str(exc), 200)}") from exc
+        ids = list(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        if len(set(ids)) != len(ids):
+            raise ModelError(f"tokenizer.json: {len(ids) - len(set(ids))} token ids stand for more than one token")
+        largest = max(ids, default=-1)
         if largest >= model.config.vocab_size:
             raise ModelError(f"tokenizer.json: has token id {largest}, config.json: vocab_size is {model.config.vocab_size}")
         self._tokenizer.no_truncation()
@@ -99,14 +102,19 @@ class TextEngine:
                     raise BadInput(f"the rendered conversation is longer than {MAX_RENDERED_CHARS} characters")
                 parts.append(part)
         except jinja2.TemplateError as exc:
-            raise BadInput(f"the model's chat template refuses it: {str(exc)[:200]}") from exc
-        except (TypeError, ValueError, KeyError, AttributeError, RecursionError, MemoryError, OverflowError) as exc:
+            raise BadInput(f"the model's chat template refuses it: {one_line(str(exc), 200)}") from exc
+        except BadInput:
+            raise
+        except Exception as exc:  # a template computes whatever it likes
             raise BadInput(f"the model's chat template fails on it: {type(exc).__name__}") from exc
         return "".join(parts)
 
     def _self_test(self) -> None:
         for text in SELF_TEST:
-            self.encode(text)
+            try:
+                self.encode(text)
+            except BaseException as exc:  # also the library's panics: a regular expression that gives up, say
+                raise ModelError(f"tokenizer.json: fails on {text[:40]!r}: {one_line(str(exc), 200)}") from exc
         if self._template is None:
             return
         try:

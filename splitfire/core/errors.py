@@ -163,8 +163,17 @@ class Internal(SplitfireError):
         super().__init__(message, reason=reason)
 
 
+def one_line(text: str, limit: int = 500) -> str:
+    """`text` safe to print: what comes from files and peers can neither start a new line nor colour the terminal."""
+    shown = text if len(text) <= limit else text[:limit] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
 class ConfigError(Exception):
     """A setting is wrong: the process prints this one line and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ModelError(ConfigError):

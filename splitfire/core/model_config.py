@@ -230,7 +230,8 @@ def _windows(read: _Reader, family: str, num_layers: int) -> tuple[int | None, .
         return (None,) * num_layers
     kinds = read.values.get("layer_types")
     if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
             raise read.fail("layer_types", f"accepted: {num_layers} entries of full_attention or sliding_attention")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     if family == "mistral":

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 
 from splitfire.core import limits
 from splitfire.core.errors import ModelError
@@ -42,7 +43,7 @@ class ModelDir:
         _require_directory(path)
         config = _read_json(path / "config.json", limits.MAX_CONFIG_BYTES)
         generation = None
-        if (path / "generation_config.json").exists():
+        if _is_there(path / "generation_config.json"):
             generation = _read_json(path / "generation_config.json", limits.MAX_CONFIG_BYTES)
         self.config: ModelConfig = parse_config(config, generation)
         self.generation: GenerationDefaults = parse_generation_defaults(generation)
@@ -116,16 +117,19 @@ def weights_digest(files: list[Path]) -> bytes:
     whole = sha256()
     for file in sorted(files):
         part = sha256()
-        with file.open("rb") as handle:
+        with _open(file) as handle:
             while chunk := handle.read(8 * limits.MIB):
                 part.update(chunk)
         whole.update(part.digest())
     return whole.digest()
 
 
-def is_writable_by_others(path: Path) -> bool:
-    """Whether another user could change the model under us; the process warns when so."""
-    return bool(path.stat().st_mode & stat.S_IWOTH)
+def others_who_may_change(path: Path) -> str:
+    """Who else could change the model under us, in words; empty: nobody but us and root. The process warns."""
+    found = path.stat()
+    if found.st_mode & stat.S_IWOTH:
+        return "every user of this machine"
+    return f"user {found.st_uid}, its owner" if found.st_uid not in (0, os.getuid()) else ""
 
 
 def _require_directory(path: Path) -> None:
@@ -159,29 +163,48 @@ def _is_inside(link: Path) -> bool:
     return target.is_relative_to(root) or target.is_relative_to(root.parent.parent / "blobs")
 
 
-def _read_json(path: Path, max_bytes: int) -> dict[str, object]:
-    """One JSON object: no duplicate keys, no NaN, bounded size; the complaint carries line and column."""
-    _require_file(path, max_bytes)
+def _is_there(path: Path) -> bool:
+    """Also when it is a link that leads nowhere: that is a mistake to report, not an absent file."""
+    return os.path.lexists(path)
+
+
+def _open(path: Path) -> BinaryIO:
     try:
-        text = path.read_bytes().decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    except json.JSONDecodeError as exc:
-        raise ModelError(f"{path.name}: line {exc.lineno} column {exc.colno}: {exc.msg}") from exc
-    except (UnicodeDecodeError, ValueError, RecursionError) as exc:
-        raise ModelError(f"{path.name}: {exc}") from exc
+        return path.open("rb")
     except OSError as exc:
         raise ModelError(f"{path.name}: {exc.strerror or exc}") from exc
+
+
+def _read_text(path: Path, max_bytes: int) -> str:
+    _require_file(path, max_bytes)
+    with _open(path) as handle:
+        try:
+            return handle.read().decode("utf-8")
+        except UnicodeDecodeError as exc:
+            raise ModelError(f"{path.name}: is not UTF-8: {exc.reason} at byte {exc.start}") from exc
+        except OSError as exc:
+            raise ModelError(f"{path.name}: {exc.strerror or exc}") from exc
+
+
+def _read_json(path: Path, max_bytes: int) -> dict[str, object]:
+    """One JSON object: no duplicate keys, no NaN, bounded size; the complaint carries line and column."""
+    try:
+        value = json.loads(_read_text(path, max_bytes), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except json.JSONDecodeError as exc:
+        raise ModelError(f"{path.name}: line {exc.lineno} column {exc.colno}: {exc.msg}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ModelError(f"{path.name}: {exc}") from exc
     if not isinstance(value, dict):
         raise ModelError(f"{path.name}: is not a JSON object")
     return value
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} appears twice")
+    values: dict[str, object] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"key {name!r} appears twice")
+        values[name] = value
     return values
 
 
@@ -193,7 +216,7 @@ def _chat_template(path: Path) -> tuple[str | None, Mapping[str, str]]:
     """The chat template (its own file, or tokenizer_config.json's) and the special tokens it may use by name."""
     template: str | None = None
     tokens: dict[str, str] = {}
-    if (path / "tokenizer_config.json").exists():
+    if _is_there(path / "tokenizer_config.json"):
         settings = _read_json(path / "tokenizer_config.json", limits.MAX_TOKENIZER_BYTES)
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = settings.get(name)
@@ -202,23 +225,23 @@ def _chat_template(path: Path) -> tuple[str | None, Mapping[str, str]]:
                 tokens[name] = content
         found = settings.get("chat_template")
         if isinstance(found, list):  # named templates; the plain one is called default
-            named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-            found = named.get("default")
+            found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
         if found is not None and not isinstance(found, str):
             raise ModelError("tokenizer_config.json: chat_template: accepted: a string or a list of named templates")
         template = found
-    if (path / "chat_template.jinja").exists():
-        _require_file(path / "chat_template.jinja", 4 * limits.MAX_TEMPLATE_CHARS)
-        template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    if _is_there(path / "chat_template.jinja"):
+        template = _read_text(path / "chat_template.jinja", 4 * limits.MAX_TEMPLATE_CHARS)
     if template is not None and len(template) > limits.MAX_TEMPLATE_CHARS:
         raise ModelError(f"chat_template: is {len(template)} characters long, accepted: at most {limits.MAX_TEMPLATE_CHARS}")
+    if template is not None and any("\ud800" <= c <= "\udfff" for c in template):
+        raise ModelError("chat_template: holds half of a surrogate pair, accepted: Unicode text")
     return template, tokens
 
 
 def _read_safetensors_header(file: Path) -> dict[str, TensorEntry]:
     """Checked before the safetensors library maps the file: sizes, offsets, names."""
     size = _require_file(file, 1 << 50)
-    with file.open("rb") as handle:
+    with _open(file) as handle:
         prefix = handle.read(8)
         if len(prefix) < 8:
             raise ModelError(f"{file.name}: is {size} bytes long, too short for a safetensors file")

@@ -196,16 +196,16 @@ def exit_with(error: ConfigError) -> int:
 
 
 def read_secret(path: Path) -> bytes:
-    """A secret from a file that nobody else can read; one trailing newline is not part of it."""
+    """A secret from a file that nobody else can read; a newline at its end is not part of it."""
     try:
         mode = path.stat().st_mode
-        secret = path.read_bytes().removesuffix(b"\n")
+        secret = path.read_bytes().removesuffix(b"\n").removesuffix(b"\r")
     except OSError as exc:
         raise ConfigError(f"secret file {path}: {exc.strerror or exc}") from exc
     if mode & 0o077:
         raise ConfigError(f"secret file {path}: others can read it; chmod 600 {path}")
-    if not 16 <= len(secret) <= 4096 or not secret.isascii():
-        raise ConfigError(f"secret file {path}: accepted: 16 to 4096 ASCII characters, has {len(secret)}")
+    if not 16 <= len(secret) <= 4096 or not all(0x21 <= byte <= 0x7E for byte in secret):
+        raise ConfigError(f"secret file {path}: accepted: 16 to 4096 printable ASCII characters without spaces, in one line")
     return secret
 
 

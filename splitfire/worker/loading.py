@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from splitfire.core.errors import ConfigError
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.layout import DTYPE_BYTES, KvLayout
-from splitfire.core.model_dir import ModelDir, is_writable_by_others, weights_digest
+from splitfire.core.model_dir import ModelDir, others_who_may_change, weights_digest
 from splitfire.core.model_source import resolve_model
 from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
@@ -51,8 +51,8 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     torch.set_num_threads(settings.threads or len(settings.cpu_numbers) or torch.get_num_threads())
     device = _device(settings)
     model = ModelDir(resolve_model(settings.model))
-    if is_writable_by_others(model.path):
-        log.warning("every user of this machine can change the model directory", path=str(model.path))
+    if others := others_who_may_change(model.path):
+        log.warning("others can change the model directory", path=str(model.path), others=others)
     config = model.config
     max_context = settings.max_context or config.max_positions
     if max_context > config.max_positions and config.rope.rope_type != "dynamic":
@@ -65,8 +65,8 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
         config.head_dim,
         settings.block_size,
     )
-    num_blocks = _num_blocks(settings.kv_memory, layout, max_context)
-    _check_memory(config.num_parameters * DTYPE_BYTES[dtype], num_blocks * layout.block_bytes, device)
+    num_blocks = num_blocks_of(settings.kv_memory, layout, max_context)
+    check_memory(config.num_parameters * DTYPE_BYTES[dtype], num_blocks * layout.block_bytes, device)
     with ThreadPoolExecutor(1, "digest") as pool:
         digest = pool.submit(weights_digest, sorted({entry.file for entry in model.tensors().values()}))
         weights = _load(model, LoadOptions(TORCH_DTYPES[dtype], device, settings.allow_nonfinite))
@@ -81,7 +81,7 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     return LoadedModel(model, engine, layout, fingerprint, max_context, chunk_tokens)
 
 
-def _num_blocks(kv_memory: int | None, layout: KvLayout, max_context: int) -> int:
+def num_blocks_of(kv_memory: int | None, layout: KvLayout, max_context: int) -> int:
     """Blocks of the pool; the longest sequence fits, with one block to spare."""
     least = (layout.blocks_for(max_context) + 1) * layout.block_bytes
     if kv_memory is None:
@@ -118,7 +118,7 @@ def _dtype(asked: str, stored: str, device: torch.device) -> str:
     return stored
 
 
-def _check_memory(weight_bytes: int, pool_bytes: int, device: torch.device) -> None:
+def check_memory(weight_bytes: int, pool_bytes: int, device: torch.device) -> None:
     """Refuses before allocating what cannot be there."""
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0]

@@ -32,6 +32,13 @@ LLAMA_TEMPLATE = (
 )
 
 
+def byte_alphabet() -> list[str]:
+    """The character that byte-level BPE writes for each byte (GPT-2's table)."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(b) if b in shown else chr(next(others)) for b in range(256)]
+
+
 def play(scene: Coroutine[object, object, None]) -> None:
     asyncio.run(asyncio.wait_for(scene, 60))
 
@@ -305,9 +312,32 @@ def test_a_tail_that_may_become_a_stop_string_waits(tokenizer: Tokenizer) -> Non
     assert [stream.push(i) for i in ids] == ["a", "", "", "STx"]
 
 
-def test_long_streams_cost_the_same_for_every_token(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer, ())
+@pytest.mark.parametrize("kind", ["any", "lone bytes", "specials", "one byte"])
+def test_long_streams_cost_the_same_for_every_token(tokenizer: Tokenizer, kind: str) -> None:
+    """Whatever a client forces with a logit bias: bytes that never become a character, tokens without text."""
     draw = random.Random(1)
-    for _ in range(2000):
-        stream.push(draw.randrange(10, 4096))
+    lone = [i for i in range(tokenizer.get_vocab_size()) if "\ufffd" in tokenizer.decode([i])]
+    of_kind = {"any": range(10, 4096), "lone bytes": lone, "specials": range(4), "one byte": lone[:1]}[kind]
+    ids = [draw.choice(of_kind) for _ in range(2000)]
+    stream = TextStream(tokenizer, ())
+    sent = ""
+    for token_id in ids:
+        sent += stream.push(token_id)
         assert len(stream._ids) < 64
+    if kind in ("lone bytes", "one byte"):
+        assert sent, "what cannot become text is sent as U+FFFD, not held for ever"
+    assert sent + stream.flush() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_characters_in_pieces_and_garbage_come_out_whole(tokenizer: Tokenizer, seed: int) -> None:
+    draw = random.Random(seed)
+    of_byte = [tokenizer.token_to_id(c) for c in byte_alphabet()]
+    ids: list[int] = []
+    for _ in range(60):
+        if draw.random() < 0.6:
+            ids += [of_byte[b] for b in draw.choice("é漢🙂🏴a\u0301").encode()]
+        else:
+            ids += draw.choices(of_byte, k=draw.randrange(1, 12))
+    stream = TextStream(tokenizer, ())
+    assert "".join(stream.push(i) for i in ids) + stream.flush() == tokenizer.decode(ids)

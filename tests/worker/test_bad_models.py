@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import struct
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitfire.core import limits
-from splitfire.core.errors import ModelError
-from splitfire.core.model_dir import ModelDir, is_writable_by_others, weights_digest
+from splitfire.core.errors import ConfigError, ModelError
+from splitfire.core.layout import KvLayout
+from splitfire.core.model_dir import ModelDir, others_who_may_change, weights_digest
 from splitfire.engine.checkpoint import LoadOptions, load_weights
+from splitfire.worker.loading import check_memory, num_blocks_of
 from tests.checkpoints import edit_config, family_configs, save_checkpoint
 
 OPTIONS = LoadOptions(torch.float32, torch.device("cpu"))
@@ -65,17 +68,35 @@ def test_a_file_instead_of_a_directory(good: Path) -> None:
     assert "is not a directory" in refusal(good / "config.json")
 
 
-def test_a_directory_that_cannot_be_read(model: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root can read everything")
-    model.chmod(0)
+def test_a_directory_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != model)  # root may read everything
     assert "not readable" in refusal(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_cannot_be_read(model: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+
+    def guarded(self: Path, *args: Any, **more: Any) -> Any:
+        if self.name == name:
+            raise PermissionError(13, "Permission denied")
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    assert refusal(model) == f"{name}: Permission denied"
 
 
 def test_a_symlink_loop(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert "symbolic links" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_link_that_leads_nowhere_is_a_mistake_and_not_an_absent_file(model: Path, name: str) -> None:
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(model / name)
+    assert refusal(model).startswith(f"{name}: ")
 
 
 def test_a_link_out_of_the_directory(model: Path, tmp_path: Path) -> None:
@@ -105,7 +126,7 @@ def test_links_as_a_hub_cache_makes_them_are_fine(good: Path, tmp_path: Path) ->
         (b"{", "line 1 column 2"),
         (b'{"a": 1,\n  oops}', "line 2 column 3"),
         (b"\xef\xbb\xbf{}", "BOM"),
-        (b"\xff\xfe", "utf-8"),
+        (b"\xff\xfe", "UTF-8"),
         (b'{"a": NaN}', "NaN"),
         (b'{"a": 1, "a": 2}', "'a' appears twice"),
         (b"[]", "not a JSON object"),
@@ -118,6 +139,14 @@ def test_a_config_that_is_no_config(model: Path, content: bytes, says: str) -> N
     line = refusal(model)
     assert line.startswith("config.json: ")
     assert says in line
+
+
+def test_duplicate_keys_are_found_in_no_time(model: Path) -> None:
+    keys = [*range(60_000), 59_999]
+    (model / "config.json").write_text("{" + ",".join(f'"{k}": 1' for k in keys) + "}")
+    began = time.monotonic()
+    assert "'59999' appears twice" in refusal(model)
+    assert time.monotonic() - began < 2
 
 
 def test_no_config(model: Path) -> None:
@@ -165,6 +194,25 @@ def test_rope_settings_out_of_range_are_named(model: Path, changes: dict[str, An
     assert says in refusal(model)
 
 
+def test_layer_types_that_are_no_names(model: Path) -> None:
+    edit_config(model, model_type="mistral", sliding_window=32, layer_types=[["x"], ["y"]])
+    assert "config.json: layer_types: " in refusal(model)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_allocated() -> None:
+    with pytest.raises(ConfigError, match=r"the model needs \d+ MiB and the KV pool 256 MiB, \d+ MiB are available"):
+        check_memory(1 << 50, 256 << 20, torch.device("cpu"))
+    layout = KvLayout("fp32", num_layers=1024, num_kv_heads=8, head_dim=128, block_size=32)
+    with pytest.raises(ConfigError, match=r"kv_memory is 268435456 bytes, one sequence of max_context = 131072 tokens needs"):
+        num_blocks_of(256 << 20, layout, 131072)
+
+
+def test_the_pool_holds_the_longest_sequence_when_nobody_says_how_much() -> None:
+    layout = KvLayout("bf16", num_layers=24, num_kv_heads=2, head_dim=64, block_size=32)
+    assert num_blocks_of(None, layout, 32768) == 32768 // 32 + 1
+    assert num_blocks_of(None, layout, 512) * layout.block_bytes <= 256 << 20
+
+
 def test_heads_that_do_not_divide_the_hidden_size(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     config.pop("head_dim", None)
@@ -196,9 +244,10 @@ def test_quantised_checkpoints_are_refused_by_name(model: Path) -> None:
 # B92, B93
 
 
-def test_pickled_weights_only(model: Path) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.pt", "x.pth", "last.ckpt", "weights.pkl"])
+def test_pickled_weights_only(model: Path, name: str) -> None:
     (model / "model.safetensors").unlink()
-    (model / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    (model / name).write_bytes(b"\x80\x02")
     line = refusal(model)
     assert "safetensors only" in line
     assert "save_pretrained" in line
@@ -310,6 +359,30 @@ def test_an_index_without_a_map(model: Path) -> None:
     assert "weight_map" in refusal(model)
 
 
+def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
+    save_checkpoint(family_configs()["llama"], tmp_path, max_shard="200KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second)
+    assert f"tensor {name} is also in {first.name}" in refusal(tmp_path)
+
+
+def test_names_from_files_cannot_write_lines_of_their_own(model: Path) -> None:
+    evil = "a\nsplitfire: all good\x1b[31m"
+    header = json.dumps({evil: 3}).encode()
+    assert refusal(with_header(model, header)) == "model.safetensors: tensor a\\nsplitfire: all good\\x1b[31m: is not an object"
+    edit_config(model, model_type="x" * 900_000)
+    assert len(refusal(model)) < 600
+
+
+def test_weights_that_change_after_loading_change_nothing(model: Path) -> None:
+    """B98: tensors are in memory of our own, so a file cut short under us is no SIGBUS and no other weights."""
+    weights = load_weights(ModelDir(model), OPTIONS)
+    before = weights.layers[0].gate_up.clone()
+    (model / "model.safetensors").write_bytes(b"")
+    assert torch.equal(weights.layers[0].gate_up, before)
+
+
 def test_sharded_checkpoints_load_like_single_ones(tmp_path: Path) -> None:
     config = family_configs()["llama"]
     save_checkpoint(config, tmp_path / "one")
@@ -373,10 +446,27 @@ def test_generation_defaults_are_used(model: Path) -> None:
     assert ModelDir(model).generation.temperature == 1.0
 
 
-def test_a_directory_that_anybody_can_write_is_noticed(model: Path) -> None:
-    assert not is_writable_by_others(model)
+def test_a_pad_token_is_not_used_and_so_not_checked(model: Path) -> None:
+    """B100: many checkpoints name a pad token outside the vocabulary; nothing is ever padded here."""
+    edit_config(model, pad_token_id=10**9)
+    load_weights(ModelDir(model), OPTIONS)
+
+
+@pytest.mark.parametrize("value", [10**6, [3, -1], "2", 1.5])
+def test_end_of_sequence_ids_of_the_second_file_are_checked_too(model: Path, value: object) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert refusal(model).startswith("generation_config.json: eos_token_id: ")
+
+
+def test_a_directory_that_others_can_change_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not others_who_may_change(model)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    assert others_who_may_change(model) == ("" if model.stat().st_uid == 0 else f"user {model.stat().st_uid}, its owner")
+    if os.geteuid() == 0:
+        os.chown(model, 12345, -1)
+        assert others_who_may_change(model) == "user 12345, its owner"
     model.chmod(0o777)
-    assert is_writable_by_others(model)
+    assert others_who_may_change(model) == "every user of this machine"
 
 
 # F67
