@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -78,7 +79,7 @@ def fleet(kind: str, model: str, cpus: Sequence[int], flags: Sequence[str]) -> I
     """Split: one prefill and one decode worker, a core each. Aggregated: one worker, on the second core alone."""
     is_split = kind == SPLIT
     plan = FleetPlan(
-        model, int(is_split), 1, tuple(cpus[:1]) if is_split else (), tuple(cpus[1:2]), free_port(),
+        model, Path(model).name, int(is_split), 1, tuple(cpus[:1]) if is_split else (), tuple(cpus[1:2]), free_port(),
         router_flags=("--split=always",) if is_split else ("--split=never",), worker_flags=tuple(flags),
     )  # fmt: skip
     started = Fleet(plan, print)

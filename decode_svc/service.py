@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from decode_svc.intake import Intake
+from kvtransfer.protocol import WITHDRAWN
 from splitfire.core.errors import DataLoss, Internal, Mismatch, SplitfireError, Unavailable
 from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId
@@ -49,7 +50,11 @@ class DecodeService:
             self._drop(decode)
             job.refuse(SplitfireError("a decode part needs a handoff", reason="invalid_handoff"))
         else:
-            intake = Intake(self._context, job, job.handoff, self._on_joined, self._on_failed)
+            try:
+                intake = Intake(self._context, job, job.handoff, self._on_joined, self._on_failed)
+            except Exception:
+                self._decodes.remove(decode)
+                raise
             if job.spec.seq_id in self._decodes:  # an offer that had come before may have failed already
                 decode.intake = intake
 
@@ -70,6 +75,12 @@ class DecodeService:
         job.replies.output(self._output(decode, update))
         if update.is_finished:
             self._finish(decode, update)
+
+    def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
+        decode = self._decodes.get(seq_id)
+        if decode is not None:
+            self._drop(decode)
+            decode.job.refuse(error)
 
     def cancel(self, replies: Replies, attempt: int | None) -> None:
         for decode in self._decodes.of(replies, attempt):
@@ -151,6 +162,8 @@ class DecodeService:
         decode = self._decodes.get(job.spec.seq_id)
         if decode is not None:
             self._decodes.remove(decode)
+        if reason == WITHDRAWN:  # the prefill worker has told the router why
+            return
         error: SplitfireError
         if reason == "kv_digest_mismatch":
             error = DataLoss("KV arrived corrupt", reason=reason)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from kvtransfer.frames import CONTROL, FrameError, parse_control, parse_frame
 from kvtransfer.incoming import Incoming
 from kvtransfer.outgoing import Outgoing, Source
-from kvtransfer.peers import PeerAddress, Peers
+from kvtransfer.peers import Peer, PeerAddress, Peers
 from kvtransfer.probe import PairMeter, ProbeResponder
 from kvtransfer.receiver import Expectation, Receiver, Sink
 from kvtransfer.ring import Ring, RingSlot
@@ -88,30 +88,41 @@ class TransferAgent:
         return self.send_ring.is_exhausted or self.receive_ring.is_exhausted
 
     def offer(self, shipment: Shipment, peer: PeerAddress, source: Source) -> Sender:
-        """Starts a hand-off to `peer`. The returned machine is told what gets computed, and may be aborted."""
+        """Starts a hand-off to `peer`. The returned machine is told what gets computed, and may be aborted.
+        Unavailable when the peer is gone or cannot be connected to."""
         self._watch()
         return self._outgoing.start(shipment, self._peers.get(peer), source)
 
     def expect(self, expectation: Expectation, peer: PeerAddress, sink: Sink) -> Receiver:
-        """Gets ready for the offer of `peer`, which may have come already. Holds nothing until then."""
+        """Gets ready for the offer of `peer`, which may have come already. Holds nothing until then.
+        Unavailable when the peer is gone or cannot be connected to."""
         self._watch()
         return self._incoming.expect(expectation, self._peers.get(peer), sink)
 
     def meet(self, peer: PeerAddress) -> None:
-        """Learns of a peer before any transfer, so that its pings are answered."""
-        self._peers.get(peer)
+        """A router says that this peer is there, perhaps again. Unavailable when it cannot be connected to."""
+        self._peers.introduce(peer)
 
     def measure(self, peer: PeerAddress, done: Measured) -> None:
-        """Measures the pair; `done` once, unless the peer goes first. Starts over while the peer is new or busy."""
+        """Measures the pair; `done` once, unless the peer goes first. Starts over when the peer does not answer."""
         there = self._peers.get(peer)
+        if there.meter is not None and not there.meter.is_done:
+            return
+        self._measure(there, done)
+
+    def _measure(self, there: Peer, done: Measured) -> None:
         meter = there.meter = PairMeter(self, there.send, lambda lent: self._outgoing.fill(there, lent), done)
         meter.start()
 
-        def look_again() -> None:
-            if not meter.is_done and self._peers.known(peer.incarnation) is there and there.meter is meter:
-                self.measure(peer, done)
+        def look_again(num_pongs: int) -> None:
+            if meter.is_done or self._peers.known(there.address.incarnation) is not there:
+                return
+            if meter.num_pongs == num_pongs:  # it did not know us yet, or had no slots to spare
+                self._measure(there, done)
+            else:
+                asyncio.get_running_loop().call_later(MEASURE_RETRY_S, look_again, meter.num_pongs)
 
-        asyncio.get_running_loop().call_later(MEASURE_RETRY_S, look_again)
+        asyncio.get_running_loop().call_later(MEASURE_RETRY_S, look_again, 0)
 
     def peer_gone(self, incarnation: bytes) -> None:
         """The peer is dead or was replaced: its transfers end now, nothing of it is accepted any more."""
@@ -157,6 +168,8 @@ class TransferAgent:
         elif body == "pong":
             if peer is not None and peer.meter is not None:
                 peer.meter.on_pong(message.pong)
+            elif peer is not None:
+                self._void(peer, message.pong.slots)
         elif owner is not None and owner is not peer:
             self._drop("not_owner")
         elif self._outgoing.peer_of(transfer_id) is not None:
@@ -167,10 +180,13 @@ class TransferAgent:
             self._incoming.park(incarnation, message)
             self._watch()
         elif body == "slots" and peer is not None:  # lent before our abort got there
-            for slot in message.slots.slots:
-                peer.void(LentSlot(slot.index, slot.generation))
+            self._void(peer, message.slots)
         else:
             self._drop("unknown_transfer")
+
+    def _void(self, peer: Peer, slots: kv_pb2.Slots) -> None:
+        for slot in slots.slots:
+            peer.void(LentSlot(slot.index, slot.generation))
 
     def _drop(self, reason: str) -> None:
         self.dropped[reason] += 1

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
+
 from kvtransfer.frames import VOID, FrameError, parse_frame, parse_payload
 from kvtransfer.peers import Peer
 from kvtransfer.protocol import Recv
@@ -18,6 +20,7 @@ from kvtransfer.transport import Transport, slot_tag
 from splitfire.core import limits
 from splitfire.v1 import kv_pb2
 
+log = structlog.get_logger("worker")
 SLOTS_PER_TRANSFER = 2
 
 
@@ -80,7 +83,11 @@ class Incoming:
         return receiving.peer if receiving is not None else None
 
     def on_message(self, message: kv_pb2.KvMessage) -> None:
-        self._receivings[message.transfer_id].receiver.on_message(message)
+        receiver = self._receivings[message.transfer_id].receiver
+        try:
+            receiver.on_message(message)
+        except Exception:
+            self._broke(receiver)
 
     def park(self, incarnation: bytes, message: kv_pb2.KvMessage) -> None:
         """Kept for a moment, bounded."""
@@ -127,8 +134,11 @@ class Incoming:
             if receiver.state is Recv.WAITING:
                 if now - receiver.waiting_since > limits.GRANT_WAIT_S:
                     receiver.refuse("no free blocks", is_retryable=True)
-                else:
+                    continue
+                try:
                     receiver.try_reserve()
+                except Exception:
+                    self._broke(receiver)
             elif receiver.state is Recv.EXPECTED:
                 if now - receiver.expected_at > limits.HOLD_S:
                     receiver.close("no offer came", is_retryable=True, tell_peer=False)
@@ -165,5 +175,12 @@ class Incoming:
             self._drop(error.reason)
             receiver.on_payload(slot, None)
             receiver.close(error.reason, is_retryable=True)
+        except Exception:
+            self._broke(receiver)
         self.ring.give_back(slot)
         self.lend()
+
+    def _broke(self, receiver: Receiver) -> None:
+        """A bug, here or in a sink, ends its own transfer and no other."""
+        log.exception("transfer failed", transfer_id=receiver.expectation.transfer_id.hex())
+        receiver.close("internal", is_retryable=False)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
+
 from kvtransfer.frames import (
     DIGEST_SUM64,
     TARGET_CACHE,
@@ -26,6 +28,7 @@ from splitfire.core import limits
 from splitfire.core.layout import KvLayout
 from splitfire.v1 import kv_pb2
 
+log = structlog.get_logger("worker")
 # How long a sender waits for the receiver's next word. A receiver that waits for blocks refuses by itself, sooner.
 DEADLINES = {
     Send.OFFERED: limits.GRANT_WAIT_S,
@@ -154,7 +157,14 @@ class Outgoing:
             slot = self.ring.lend()
             if slot is None:
                 return
-            self._send(slot, self._queue.popleft())
+            waiting = self._queue.popleft()
+            try:
+                self._send(slot, waiting)
+            except Exception:  # a bug, here or in a source, ends its own transfer and no other
+                log.exception("transfer failed", transfer_id=waiting.sending.sender.shipment.transfer_id.hex())
+                self.ring.give_back(slot)
+                waiting.sending.peer.void(waiting.target)
+                waiting.sending.sender.abort("internal")
 
     def _send(self, slot: RingSlot, waiting: _Piece) -> None:
         sending, target, piece = waiting.sending, waiting.target, waiting.piece

@@ -9,6 +9,7 @@ from kvtransfer.frames import control_frame, write_void
 from kvtransfer.probe import PairMeter
 from kvtransfer.sender import LentSlot
 from kvtransfer.transport import Link, Transport, slot_tag
+from splitfire.core.errors import Unavailable
 from splitfire.core.limits import MAX_WORKERS
 from splitfire.v1 import kv_pb2
 
@@ -42,7 +43,7 @@ class Peer:
 
 
 class Peers:
-    """Everybody we were told about. An incarnation that went never comes back."""
+    """Everybody we were told about. One that went is not listened to, until a router says that it is there again."""
 
     def __init__(self, transport: Transport, incarnation: bytes) -> None:
         self._transport = transport
@@ -50,8 +51,15 @@ class Peers:
         self._peers: dict[bytes, Peer] = {}
         self._gone: OrderedDict[bytes, None] = OrderedDict()
 
+    def introduce(self, address: PeerAddress) -> Peer:
+        """Whatever was heard before, the peer is there."""
+        self._gone.pop(address.incarnation, None)
+        return self.get(address)
+
     def get(self, address: PeerAddress) -> Peer:
-        """The peer at `address`, connected on first use."""
+        """The peer at `address`, connected on first use. Unavailable when it is gone or cannot be connected to."""
+        if address.incarnation in self._gone:
+            raise Unavailable(f"{address.worker_id} is gone", reason="peer_gone")
         peer = self._peers.get(address.incarnation)
         if peer is None:
             peer = self._peers[address.incarnation] = Peer(address, self._transport.connect(address.address), self._incarnation)

@@ -7,6 +7,7 @@ so the path is told by watching the network interfaces: bytes that crossed none 
 
 from __future__ import annotations
 
+import secrets
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,9 @@ class PairMeter:
         self._host = host
         self._send = send
         self._fill = fill
+        self._run = secrets.randbits(32)
         self.is_done = False
+        self.num_pongs = 0
         self._done = done
         self._round_trips: list[float] = []
         self._sent_at = 0.0
@@ -61,6 +64,11 @@ class PairMeter:
         self._ping()
 
     def on_pong(self, pong: kv_pb2.Pong) -> None:
+        for lent in pong.slots.slots:  # whatever run it is of: every slot lent gets a message
+            self._fill(LentSlot(lent.index, lent.generation))
+        if pong.run != self._run:
+            return
+        self.num_pongs += 1
         if len(self._round_trips) < NUM_ROUND_TRIPS:
             self._round_trips.append(self._host.now() - self._sent_at)
             if len(self._round_trips) < NUM_ROUND_TRIPS:
@@ -68,16 +76,14 @@ class PairMeter:
             else:
                 self._began = self._host.now()
                 self._network_before = network_bytes()
-                self._send(kv_pb2.KvMessage(ping=kv_pb2.Ping(num_payloads=NUM_PAYLOADS)))
+                self._send(kv_pb2.KvMessage(ping=kv_pb2.Ping(num_payloads=NUM_PAYLOADS, run=self._run)))
             return
-        for lent in pong.slots.slots:
-            self._fill(LentSlot(lent.index, lent.generation))
         if pong.num_arrived == NUM_PAYLOADS and not self.is_done:
             self._finish()
 
     def _ping(self) -> None:
         self._sent_at = self._host.now()
-        self._send(kv_pb2.KvMessage(ping=kv_pb2.Ping(sequence=len(self._round_trips))))
+        self._send(kv_pb2.KvMessage(ping=kv_pb2.Ping(sequence=len(self._round_trips), run=self._run)))
 
     def _finish(self) -> None:
         self.is_done = True
@@ -96,9 +102,9 @@ class ProbeResponder:
         if send is None:  # a peer the router has not told us about yet; it asks again
             return
         if not ping.num_payloads:
-            send(kv_pb2.KvMessage(pong=kv_pb2.Pong(sequence=ping.sequence)))
+            send(kv_pb2.KvMessage(pong=kv_pb2.Pong(sequence=ping.sequence, run=ping.run)))
             return
-        run = _ProbeRun(self._host, incarnation, send, min(ping.num_payloads, NUM_PAYLOADS))
+        run = _ProbeRun(self._host, incarnation, send, ping.run, min(ping.num_payloads, NUM_PAYLOADS))
         for _ in range(WINDOW):
             run.lend()
 
@@ -110,13 +116,14 @@ class _ProbeRun:
     host: ProbeHost
     incarnation: bytes
     send: Callable[[kv_pb2.KvMessage], None]
+    run: int
     num_payloads: int
     num_lent: int = 0
     num_arrived: int = 0
 
     def lend(self) -> None:
         """Tells how much has arrived and, while more is to come, lends a slot for it."""
-        pong = kv_pb2.Pong(num_arrived=self.num_arrived)
+        pong = kv_pb2.Pong(num_arrived=self.num_arrived, run=self.run)
         slot = self.host.receive_ring.lend() if self.num_lent < self.num_payloads else None
         if slot is not None:
             self.num_lent += 1

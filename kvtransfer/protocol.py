@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
+WITHDRAWN = "withdrawn"  # reason of an abort that is no failure: the request needs no hand-off any more
+
 
 class Send(Enum):
     """The prefill side of one transfer."""

@@ -183,6 +183,8 @@ class Receiver:
             self._port.finished()
 
     def _on_offer(self, offer: kv_pb2.Offer) -> None:
+        if self.state is not Recv.EXPECTED:  # a repeated offer changes nothing
+            return
         expected = self.expectation
         layout = layout_from_wire(offer.kv_format)
         if not hmac.compare_digest(offer.token, expected.token):
@@ -242,8 +244,10 @@ class Receiver:
             self._advance(RecvEvent.COMPLETE)
             self.done_at = self._clock()
             self._send(received=kv_pb2.Received())
-            self._sink.ready(self._first_tokens)
-            self._port.finished()
+            try:
+                self._sink.ready(self._first_tokens)
+            finally:
+                self._port.finished()
 
     def _advance(self, event: RecvEvent) -> None:
         self.state = advance(RECEIVER, self.state, event)

@@ -13,14 +13,17 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import struct
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 
 from kvtransfer.transport import Done, Link, OnControl
-from splitfire.core.errors import ConfigError
+from splitfire.core.errors import ConfigError, Mismatch, Unavailable
 from splitfire.core.limits import MAX_CONTROL_BYTES
 
 for _name, _value in {
@@ -34,6 +37,8 @@ for _name, _value in {
 from ucxx._lib import libucxx  # noqa: E402
 from ucxx._lib.arr import Array  # noqa: E402
 
+log = structlog.get_logger("worker")
+_ADDRESS = struct.Struct("<3sBB8s")  # magic, UCX major and minor version, checksum; UCX's own address follows
 CONTROL_KIND, PAYLOAD_KIND = 1 << 56, 2 << 56
 KIND_MASK = 0xFF << 56
 MAX_FRAME_BYTES = MAX_CONTROL_BYTES + 32
@@ -64,7 +69,7 @@ class UcxTransport:
         except libucxx.UCXError as exc:
             raise ConfigError(f"UCX cannot start on devices {devices or 'all'}: {exc}; `ip link` lists what exists") from exc
         self.version = ".".join(str(part) for part in libucxx.get_ucx_version())
-        self.address: bytes = libucxx.UCXAddress.create_from_worker(self._worker).tobytes()
+        self.address: bytes = _seal(libucxx.UCXAddress.create_from_worker(self._worker).tobytes())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_control: OnControl | None = None
         self._operations: list[_Operation] = []
@@ -81,8 +86,13 @@ class UcxTransport:
         return memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
 
     def connect(self, address: bytes) -> Link:
-        peer = libucxx.UCXAddress.create_from_buffer(address)
-        endpoint = libucxx.UCXEndpoint.create_from_worker_address(self._worker, peer, endpoint_error_handling=True)
+        raw = _unseal(address)
+        try:
+            peer = libucxx.UCXAddress.create_from_buffer(raw)
+            endpoint = libucxx.UCXEndpoint.create_from_worker_address(self._worker, peer, endpoint_error_handling=True)
+        except (libucxx.UCXError, ValueError) as exc:
+            message = f"UCX cannot reach the peer: {exc}; are both workers' --ucx-devices on one network?"
+            raise Unavailable(message, reason="peer_unreachable") from exc
         return _UcxLink(self, endpoint)
 
     def receive(self, tag: int, buffer: memoryview, done: Done) -> None:
@@ -134,7 +144,10 @@ class UcxTransport:
                 operation.request.check_error()
             except libucxx.UCXError as exc:
                 error = exc
-            operation.done(error)
+            try:
+                operation.done(error)
+            except Exception:  # one transfer's bug must not cost the others their completions
+                log.exception("completion failed")
         return True
 
     def _receive_control(self) -> bool:
@@ -153,6 +166,24 @@ class UcxTransport:
     def _deliver(self, exc: Exception | None, data: Any) -> None:
         if exc is None and self._on_control is not None:
             self._on_control(memoryview(data))
+
+
+def _seal(address: bytes) -> bytes:
+    """UCX aborts the process on an address that is damaged or of another minor version, so it is checked before UCX sees it."""
+    major, minor, *_ = libucxx.get_ucx_version()
+    return _ADDRESS.pack(b"UCX", major, minor, blake2b(address, digest_size=8).digest()) + address
+
+
+def _unseal(sealed: bytes) -> bytes:
+    ours = libucxx.get_ucx_version()
+    if len(sealed) > _ADDRESS.size:
+        magic, major, minor, digest = _ADDRESS.unpack_from(sealed)
+        address = sealed[_ADDRESS.size :]
+        if magic == b"UCX" and (major, minor) != (ours[0], ours[1]):
+            raise Mismatch(f"the peer has UCX {major}.{minor}, this worker {ours[0]}.{ours[1]}; run the same", reason="ucx_version")
+        if magic == b"UCX" and digest == blake2b(address, digest_size=8).digest():
+            return address
+    raise Unavailable("the peer's UCX address is damaged", reason="peer_unreachable")
 
 
 def _check_devices(devices: str | None) -> None:

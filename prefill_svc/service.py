@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvtransfer.protocol import WITHDRAWN
 from kvtransfer.sender import Outcome
 from prefill_svc.ship import BlockShipment
-from splitfire.core.errors import Internal, Unavailable
+from splitfire.core.errors import Internal, InvalidInput, SplitfireError, Unavailable
 from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId, SequenceTimes
 from splitfire.v1 import fleet_pb2, inference_pb2
@@ -38,6 +39,8 @@ class PrefillService:
         return seq_id in self._prefills
 
     def submit(self, job: Job) -> None:
+        if job.handoff is None and job.spec.stopping.max_tokens - len(job.spec.output) > 1:
+            raise InvalidInput("handoff", "a prompt with more than one token to follow needs one")
         self._prefills.add(_Prefill(job))
         self._context.host.add(job.spec)
 
@@ -63,6 +66,12 @@ class PrefillService:
             job.replies.finished(fleet_pb2.Finished(attempt=job.attempt, reason=reason))
         elif prefill.shipment is not None:
             prefill.shipment.advance(update)
+
+    def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
+        prefill = self._prefills.get(seq_id)
+        if prefill is not None:
+            self._end(prefill)
+            prefill.job.refuse(error)
 
     def cancel(self, replies: Replies, attempt: int | None) -> None:
         for prefill in self._prefills.of(replies, attempt):
@@ -127,6 +136,6 @@ class PrefillService:
         """Blocks are free with the engine's next turn; a transfer under way is withdrawn."""
         prefill.is_over = True
         if prefill.shipment is not None:
-            prefill.shipment.withdraw("request ended")
+            prefill.shipment.withdraw(WITHDRAWN)
         self._prefills.remove(prefill)
         self._context.host.finish(prefill.job.spec.seq_id)

@@ -66,9 +66,9 @@ class Admission(Generic[Room]):
         is_over = self.num_queued > self.limits.max_queued or self._queued_bytes > self.limits.max_queued_bytes
         if is_over and ticket in self._queue:
             self.withdraw(ticket)
-            raise Exhausted(
-                f"{self.num_queued} requests wait already, limit {self.limits.max_queued}", reason="queue_full", retry_after_s=1.0
-            )
+            waiting = f"{self.num_queued} requests with {self._queued_bytes} bytes of token ids wait already"
+            bounds = f"limits {self.limits.max_queued} and {self.limits.max_queued_bytes}"
+            raise Exhausted(f"{waiting}, {bounds}", reason="queue_full", retry_after_s=1.0)
 
     def withdraw(self, ticket: Ticket[Room]) -> None:
         """The request does not want to start any more; harmless when it has."""

@@ -15,6 +15,8 @@ from splitfire.core.lifecycle import ReqEvent
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 log = structlog.get_logger("router")
+# What a worker may say of a request that the router let through; anything else not worth a retry is a bug.
+WORKERS_WORD = (Code.INVALID_ARGUMENT, Code.UNIMPLEMENTED, Code.FAILED_PRECONDITION, Code.RESOURCE_EXHAUSTED)
 
 
 class Attempt:
@@ -46,11 +48,13 @@ class Attempt:
         broken = choice.append(output, self._vocab_size)
         if broken:
             log.error("worker broke the protocol", request_id=choice.plan.request_id, detail=broken)
-            self.end(Unavailable("a worker broke the protocol", reason="worker_protocol_error"))
+            self._fleet.strike(incarnation, "worker_protocol_error")
+            self._fail(Unavailable("a worker broke the protocol", reason="worker_protocol_error"), incarnation)
             return
         if output.HasField("timing"):
             choice.timeline.worker_phases.extend(output.timing.phases)
-            choice.timeline.cached_tokens = max(choice.timeline.cached_tokens, output.timing.cached_tokens)
+            if incarnation == (self.placement.prefill or self.placement.decode):  # what was not computed, not what did not move
+                choice.timeline.cached_tokens = output.timing.cached_tokens
         if had == self._resumed_at and len(choice.ids) > had:
             self._fleet.started(self.number)
             if choice.timeline.first_token_at is None:
@@ -76,14 +80,24 @@ class Attempt:
         error = SplitfireError(refused.message, reason=refused.reason)
         if refused.reason == "kv_digest_mismatch":
             error = DataLoss(refused.message, reason=refused.reason)
-        elif refused.code == Code.INTERNAL:
-            error = Internal(refused.message, reason=refused.reason)
         elif refused.is_retryable:
             error = Unavailable(refused.message, reason=refused.reason)
+        elif refused.code in WORKERS_WORD:
+            error.code = Code(refused.code)
+        else:
+            error = Internal(refused.message, reason=refused.reason)
         error.is_retryable = refused.is_retryable
-        self.end(error)
+        is_of_both = refused.reason.startswith(("handoff", "kv_"))
+        self._fail(error, *((self.placement.prefill, self.placement.decode) if is_of_both else (incarnation,)))
 
     def on_lost(self, incarnation: bytes) -> None:
         if incarnation == self.placement.prefill and (self._is_prefill_over or self._has_decoded):
             return
-        self.end(Unavailable("a worker was lost", reason="no_decode" if incarnation == self.placement.decode else "no_prefill"))
+        reason = "no_decode" if incarnation == self.placement.decode else "no_prefill"
+        self._fail(Unavailable("a worker was lost", reason=reason), incarnation)
+
+    def _fail(self, error: SplitfireError, *incarnations: bytes | None) -> None:
+        """The next attempt avoids these workers, if there are others."""
+        if not self.ended.done():
+            self.choice.failed_at.update(filter(None, incarnations))
+        self.end(error)

@@ -34,6 +34,7 @@ class RequestPlan:
 class Timeline:
     """Instants of one choice on this process's clock, and what workers measured, laid out from dispatch."""
 
+    queued_at: float = 0.0
     place_began: float = 0.0
     placed_at: float = 0.0
     dispatched_at: float = 0.0
@@ -54,6 +55,7 @@ class Choice:
         self.logprobs: list[inference_pb2.TokenLogprobs] = []
         self.finish_reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED
         self.timeline = Timeline()
+        self.failed_at: set[bytes] = set()  # incarnations of workers that an attempt failed at
         self.end_attempt: Callable[[str], None] = lambda reason: None  # ends what is under way at the workers
         self._changed = changed
 
@@ -63,6 +65,11 @@ class Choice:
         stopping = self.plan.stopping
         is_stop = bool(self.ids) and self.ids[-1] in stopping.stop_token_ids and len(self.ids) > stopping.min_tokens
         return is_stop or len(self.ids) >= stopping.max_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """It is known why the answer ends where it does."""
+        return self.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
 
     def stop(self) -> None:
         """A stop string matched: what the workers still make of it is not wanted."""

@@ -49,6 +49,8 @@ class WorkerHandle:
     load: fleet_pb2.Load = field(default_factory=fleet_pb2.Load)
     reported_at: float = field(default_factory=time.monotonic)
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
+    strikes: int = 0  # reports that cannot be true, protocol errors
+    suspect_until: float = 0.0
 
     @property
     def incarnation(self) -> bytes:
@@ -86,7 +88,9 @@ class WorkerHandle:
             queued_tokens=sum(self.waiting_tokens.values()),
             max_running=capacity.max_running,
             chunk_tokens=capacity.chunk_tokens,
+            block_size=self.hello.kv_format.block_size,
             free_blocks=self.load.free_blocks,
+            is_suspect=now < self.suspect_until,
         )
 
 
@@ -155,8 +159,15 @@ class Fleet:
         return self._workers.get(incarnation)
 
     def add(self, worker: WorkerHandle) -> None:
-        """Introduces a worker that passed `check` to those of the other role."""
+        """Introduces a worker that passed `check` to those of the other role. It takes the place of one with its name or
+        incarnation: that one's stream is broken and nobody has noticed yet."""
         hello = worker.hello
+        for old in [
+            w for w in self._workers.values() if w.hello.worker_id == hello.worker_id or w.incarnation == hello.incarnation
+        ]:
+            log.warning("worker attached again", worker_id=hello.worker_id, is_restart=old.incarnation != hello.incarnation)
+            old.is_gone.set()
+            self.remove(old)
         worker.load.total_blocks = worker.load.free_blocks = hello.capacity.total_blocks
         for other in self._workers.values():
             if other.is_prefill is not worker.is_prefill:
@@ -169,8 +180,10 @@ class Fleet:
         self._on_change()
 
     def remove(self, worker: WorkerHandle) -> None:
-        """Its stream is over: attempts are lost, peers are told."""
-        self._workers.pop(worker.incarnation, None)
+        """Its stream is over: attempts are lost, peers are told. Harmless when it was replaced."""
+        if self._workers.get(worker.incarnation) is not worker:
+            return
+        del self._workers[worker.incarnation]
         for pair in [p for p in self._pairs if worker.incarnation in p]:
             del self._pairs[pair]
         for other in self._workers.values():
@@ -182,15 +195,28 @@ class Fleet:
         log.info("worker detached", worker_id=worker.hello.worker_id, attempts_lost=len(attempts), num_workers=len(self._workers))
         self._on_change()
 
-    def on_report(self, report: fleet_pb2.ReportRequest) -> None:
-        worker = self._workers.get(report.incarnation)
+    def strike(self, incarnation: bytes, reason: str, *, suspect_after: int = 1) -> None:
+        """The worker said what cannot be true; after that many times it gets work only when there is nobody else."""
+        worker = self._workers.get(incarnation)
         if worker is None:
             return
+        worker.strikes += 1
+        if worker.strikes >= suspect_after:
+            worker.suspect_until = time.monotonic() + limits.SUSPECT_FOR_S
+        log.warning("worker is wrong", worker_id=worker.hello.worker_id, reason=reason, strikes=worker.strikes)
+
+    def on_report(self, report: fleet_pb2.ReportRequest) -> None:
+        """Mismatch when the worker is not attached, or not any more: it should attach anew."""
+        worker = self._workers.get(report.incarnation)
+        if worker is None:
+            raise Mismatch("stale incarnation: attach again", reason="stale_incarnation")
         if report.HasField("load"):
-            was_draining = worker.load.is_draining
-            worker.load = clamped(report.load, worker.hello.capacity.total_blocks)
+            before = worker.load
+            if clamp(report.load, worker.hello.capacity.total_blocks):
+                self.strike(worker.incarnation, "impossible_load", suspect_after=3)
+            worker.load = report.load
             worker.reported_at = time.monotonic()
-            if worker.load.is_draining is not was_draining:
+            if worker.load.is_draining is not before.is_draining or worker.load.free_blocks > before.free_blocks:
                 self._on_change()
         elif report.HasField("pair"):
             self._pairs[(worker.incarnation, report.pair.peer_incarnation)] = report.pair
@@ -223,8 +249,6 @@ class Fleet:
                 reason="version",
             )
         check_hello(hello)
-        if hello.incarnation in self._workers:
-            raise InvalidInput("incarnation", "is attached already")
         if len(self._workers) >= limits.MAX_WORKERS:
             raise Unavailable(f"{len(self._workers)} workers are attached, limit {limits.MAX_WORKERS}", reason="too_many_workers")
         theirs = fingerprint_from_wire(hello.fingerprint)
@@ -234,7 +258,7 @@ class Fleet:
                     f"{name} of the model differs between this router and {hello.worker_id}; start both from the same model",
                     reason=f"fingerprint_{name}",
                 )
-        first = next(iter(self._workers.values()), None)
+        first = next((w for w in self._workers.values() if w.hello.worker_id != hello.worker_id), None)
         if first is not None:
             fingerprint_from_wire(first.hello.fingerprint).require_equal(theirs, first.hello.worker_id, hello.worker_id)
 
@@ -256,16 +280,30 @@ def check_hello(hello: fleet_pb2.Hello) -> None:
         value = getattr(hello.capacity, name)
         if not 1 <= value <= high:
             raise InvalidInput(f"capacity.{name}", f"is {value}, accepted: 1 to {high}")
+    if len(hello.host) > 256 or not hello.host.isprintable():
+        raise InvalidInput("host", "accepted: at most 256 printable characters")
+    for name in ("weights", "config", "tokenizer", "rope"):
+        if len(getattr(hello.fingerprint, name)) != 32:
+            raise InvalidInput(f"fingerprint.{name}", f"has {len(getattr(hello.fingerprint, name))} bytes, accepted: 32")
+    if len(hello.fingerprint.weight_format) > 32:
+        raise InvalidInput("fingerprint.weight_format", "accepted: at most 32 characters")
+    block_size = hello.fingerprint.block_size
+    if not 8 <= block_size <= 256 or block_size & (block_size - 1) or hello.kv_format.block_size != block_size:
+        raise InvalidInput(
+            "fingerprint.block_size",
+            f"is {block_size}, and {hello.kv_format.block_size} in kv_format, accepted: one power of two, 8 to 256",
+        )
     if not 1 <= len(hello.transports) <= 8 or any(len(t.address) > 4096 or len(t.name) > 32 for t in hello.transports):
         raise InvalidInput("transports", "accepted: 1 to 8, addresses of at most 4096 bytes")
 
 
-def clamped(load: fleet_pb2.Load, total_blocks: int) -> fleet_pb2.Load:
-    """A load report can be late or wrong; it never says more than is possible (F62)."""
+def clamp(load: fleet_pb2.Load, total_blocks: int) -> bool:
+    """Brings a report within what is possible (F62); True when it was not."""
+    was = load.SerializeToString(deterministic=True)
     load.total_blocks = total_blocks
     load.free_blocks = min(load.free_blocks, total_blocks)
     for rate in ("prefill_tokens_per_s", "decode_tokens_per_s"):
         value = getattr(load, rate)
         if not 0.0 <= value < 1e12:  # NaN fails this too
             setattr(load, rate, 0.0)
-    return load
+    return load.SerializeToString(deterministic=True) != was

@@ -13,7 +13,7 @@ import structlog
 from router.fleet import Fleet, WorkerHandle
 from router.status import abort
 from splitfire.core import limits
-from splitfire.core.errors import InvalidInput, SplitfireError, Unauthenticated
+from splitfire.core.errors import InvalidInput, SplitfireError, Unauthenticated, Unavailable
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from splitfire.v1 import fleet_pb2, fleet_pb2_grpc
 
@@ -63,10 +63,17 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     async def Report(self, requests: AsyncIterator[fleet_pb2.ReportRequest], context: FleetContext) -> None:  # type: ignore[override]  # noqa: N802
         try:
             self._authenticate(context)
+            while True:
+                async with asyncio.timeout(limits.DEAD_AFTER_S):
+                    report = await context.read()
+                if not isinstance(report, fleet_pb2.ReportRequest):
+                    return
+                self._fleet.on_report(report)
+        except TimeoutError:
+            silence = Unavailable(f"nothing was reported for {limits.DEAD_AFTER_S:g} s; attach again", reason="silent")
+            await abort(context, silence, "")
         except SplitfireError as exc:
             await abort(context, exc, "")
-        while isinstance(report := await context.read(), fleet_pb2.ReportRequest):
-            self._fleet.on_report(report)
 
     async def _write(self, worker: WorkerHandle, context: FleetContext) -> None:
         while True:

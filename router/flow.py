@@ -59,10 +59,12 @@ class Flow:
         for number in range(limits.MAX_ATTEMPTS):
             if number:
                 await asyncio.sleep(self._random.uniform(0, BACKOFF_S * 2 ** (number - 1)))
+                if choice.is_finished:  # the client's reading caught up with a stop string meanwhile
+                    choice.advance(ReqEvent.FINISH)
+                    return
                 choice.advance(ReqEvent.RESUBMIT)
-            attempt = await self._start(choice, is_first=number == 0)
-            error = await self._finish(choice, attempt, is_first=number == 0)
-            if error is None:
+            error = await self._attempt(choice, is_first=number == 0)
+            if error is None or choice.is_finished:
                 choice.advance(ReqEvent.FINISH)
                 return
             log.warning(
@@ -83,8 +85,29 @@ class Flow:
         assert last is not None
         raise last
 
-    async def _start(self, choice: Choice, *, is_first: bool) -> Attempt:
-        """Admits and places; the attempt is counted at its workers when this returns, and submitted."""
+    async def _attempt(self, choice: Choice, *, is_first: bool) -> SplitfireError | None:
+        """One try, from admission to its end; None: finished. Whatever happens, nothing of it is left at any worker."""
+        attempt = await self._admit(choice)
+        try:
+            if is_first:
+                choice.advance(ReqEvent.ADMIT)
+            if choice.is_finished:
+                return None
+            if not attempt.ended.done():  # a worker may have gone since it was placed
+                self._dispatch(choice, attempt)
+                choice.advance(ReqEvent.DISPATCH)
+                self._record(choice, attempt)
+            async with asyncio.timeout(max(0.0, choice.plan.deadline - time.monotonic())):
+                return await asyncio.shield(attempt.ended)
+        except TimeoutError as exc:
+            stage = "decode" if choice.ids else "prefill"
+            raise DeadlineExceeded(f"the deadline passed after {len(choice.ids)} tokens", reason=stage) from exc
+        finally:
+            attempt.end(None, "request over")
+            self.admission.ended()
+
+    async def _admit(self, choice: Choice) -> Attempt:
+        """Waits for a place; the attempt is counted at its workers when this returns."""
         plan = choice.plan
         if (reason := missing_role(self.fleet.snapshot(), self.split)) is not None:
             raise Unavailable(f"no {reason.removeprefix('no_')} worker is attached", reason=reason, retry_after_s=1.0)
@@ -99,32 +122,17 @@ class Flow:
             placed.set_exception(error)
 
         ticket = Ticket(plan.priority, 4 * len(plan.prompt), lambda: self._find_room(choice), start, expire)
-        queued_at = time.monotonic()
+        choice.timeline.queued_at = time.monotonic()
         try:
             self.admission.request(ticket)
             async with asyncio.timeout(max(0.0, plan.deadline - time.monotonic())):
-                attempt = await asyncio.shield(placed)
+                return await asyncio.shield(placed)
         except TimeoutError as exc:
             self._give_up(placed, ticket)
             raise DeadlineExceeded("the deadline passed before a worker was free", reason="queue") from exc
         except asyncio.CancelledError:
             self._give_up(placed, ticket)
             raise
-        if is_first:
-            choice.advance(ReqEvent.ADMIT)
-        self._dispatch(choice, attempt)
-        choice.advance(ReqEvent.DISPATCH)
-        timeline, now = choice.timeline, time.monotonic()
-        attributes: dict[str, str | int | float | bool] = {
-            "splitfire.request_id": plan.request_id,
-            "splitfire.choice": choice.index,
-        }
-        self._telemetry.record("admit", plan.traceparent, queued_at, timeline.place_began, attributes)
-        placed_on = {**attributes, **self._names(attempt.placement)}
-        self._telemetry.record("place", plan.traceparent, timeline.place_began, timeline.placed_at, placed_on)
-        self._telemetry.record("dispatch", plan.traceparent, timeline.placed_at, now, attributes)
-        timeline.dispatched_at = now
-        return attempt
 
     def _give_up(self, placed: asyncio.Future[Attempt], ticket: Ticket[Placement]) -> None:
         self.admission.withdraw(ticket)
@@ -132,17 +140,17 @@ class Flow:
             placed.result().end(None)
             self.admission.ended()
 
-    async def _finish(self, choice: Choice, attempt: Attempt, *, is_first: bool) -> SplitfireError | None:
-        """Waits for the attempt's end; whatever happens, nothing of it is left at any worker."""
-        try:
-            async with asyncio.timeout(max(0.0, choice.plan.deadline - time.monotonic())):
-                return await asyncio.shield(attempt.ended)
-        except TimeoutError as exc:
-            stage = "decode" if choice.ids else "prefill"
-            raise DeadlineExceeded(f"the deadline passed after {len(choice.ids)} tokens", reason=stage) from exc
-        finally:
-            attempt.end(None, "request over")
-            self.admission.ended()
+    def _record(self, choice: Choice, attempt: Attempt) -> None:
+        plan, timeline, now = choice.plan, choice.timeline, time.monotonic()
+        timeline.dispatched_at = now
+        attributes: dict[str, str | int | float | bool] = {
+            "splitfire.request_id": plan.request_id,
+            "splitfire.choice": choice.index,
+        }
+        self._telemetry.record("admit", plan.traceparent, timeline.queued_at, timeline.place_began, attributes)
+        placed_on = {**attributes, **self._names(attempt.placement)}
+        self._telemetry.record("place", plan.traceparent, timeline.place_began, timeline.placed_at, placed_on)
+        self._telemetry.record("dispatch", plan.traceparent, timeline.placed_at, now, attributes)
 
     def _find_room(self, choice: Choice) -> Placement | None:
         plan = choice.plan
@@ -151,6 +159,7 @@ class Flow:
             num_tokens=len(plan.prompt) + len(choice.ids),
             ends_with_first_token=plan.stopping.max_tokens - len(choice.ids) == 1,
             prefers=self._sessions.get(plan.session_id, frozenset()) if plan.session_id else frozenset(),
+            avoids=frozenset(choice.failed_at),
         )
         placement = place(self.fleet.snapshot(), demand, self.split, self._random)
         choice.timeline.placed_at = time.monotonic()
@@ -158,6 +167,7 @@ class Flow:
 
     def _dispatch(self, choice: Choice, attempt: Attempt) -> None:
         """Submit to both workers at once. Decode holds no memory for it yet."""
+        choice.timeline.worker_phases.clear()  # of an attempt before
         plan, placement = choice.plan, attempt.placement
         prefill = self.fleet.worker(placement.prefill) if placement.prefill else None
         decode = self.fleet.worker(placement.decode) if placement.decode else None

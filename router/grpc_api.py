@@ -28,11 +28,12 @@ from splitfire.core import limits
 from splitfire.core.errors import AlreadyExists, DeadlineExceeded, Exhausted, InvalidInput, SplitfireError, Unavailable
 from splitfire.core.telemetry import RequestTrace, Telemetry
 from splitfire.core.validation import (
+    REQUEST_ID,
     ModelLimits,
     ValidRequest,
     check_messages,
-    check_model,
     check_request,
+    check_tokenize_request,
     refuse_unknown_fields,
     resolve_stopping,
 )
@@ -92,8 +93,10 @@ class InferenceApi:
         choices: list[Choice] = []
         try:
             message = _well_formed(request)
+            request_id = message.request_id if REQUEST_ID.match(message.request_id) else secrets.token_hex(12)
             valid = check_request(message, self._model.limits())
-            request_id = valid.request_id or secrets.token_hex(12)
+            if valid.priority < message.priority:
+                log.info("priority lowered", request_id=request_id, asked=message.priority, given=valid.priority)
             trace = self._telemetry.begin_request(_traceparent(context), accepted_at)
             self._claim(request_id)
             try:
@@ -122,10 +125,7 @@ class InferenceApi:
         try:
             message = _well_formed(request)
             model = self._model.limits()
-            refuse_unknown_fields(message)
-            check_model(message.model, model)
-            if message.HasField("text") == bool(message.messages):
-                raise InvalidInput("prompt", "set exactly one of text and messages")
+            check_tokenize_request(message, model)
             if message.messages:
                 ids = await self._model.text.encode_chat(check_messages(message.messages, model))
             else:
@@ -139,6 +139,7 @@ class InferenceApi:
             await abort(context, unexpected(exc), "")
 
     async def list_models(self, request: pb.ListModelsRequest | Malformed, context: Context) -> pb.ListModelsResponse:
+        await _refuse_bad_call(request, context)
         model, fingerprint = self._model.limits(), self._fleet.fingerprint
         described = pb.Model(
             id=model.name, context_length=model.context_length, vocab_size=model.vocab_size, has_chat_template=model.has_chat_template,
@@ -147,6 +148,7 @@ class InferenceApi:
         return pb.ListModelsResponse(models=[described])
 
     async def get_fleet(self, request: pb.GetFleetRequest | Malformed, context: Context) -> pb.GetFleetResponse:
+        await _refuse_bad_call(request, context)
         response = self._fleet.describe()
         response.worker_ports.extend(self._worker_ports)
         response.queued_requests = self._flow.admission.num_queued
@@ -252,6 +254,13 @@ def _well_formed(request: Request | Malformed) -> Request:
             "request", "is not a valid message: wrong wire types, or text that is not UTF-8", reason="invalid_message"
         )
     return request
+
+
+async def _refuse_bad_call(request: Message | Malformed, context: Context) -> None:
+    try:
+        refuse_unknown_fields(_well_formed(request))
+    except SplitfireError as exc:
+        await abort(context, exc, "")
 
 
 def _traceparent(context: Context) -> str:

@@ -20,21 +20,24 @@ class WorkerView:
 
     incarnation: bytes
     is_prefill: bool
-    can_take: bool  # attached, not draining, not suspect
+    can_take: bool  # attached, not draining, heard of lately
     num_running: int  # attempts dispatched by this router that have not ended
     queued_tokens: int  # prompt tokens dispatched whose first token has not come
     max_running: int
     chunk_tokens: int
+    block_size: int
     free_blocks: int
+    is_suspect: bool = False  # broke the protocol lately: taken when there is nobody else
 
     @property
     def has_prefill_room(self) -> bool:
         """Its queue is at most one chunk: what is dispatched now starts with the next step."""
         return self.can_take and self.queued_tokens < self.chunk_tokens and self.num_running < self.max_running
 
-    @property
-    def has_decode_room(self) -> bool:
-        return self.can_take and self.num_running < self.max_running
+    def has_decode_room(self, num_tokens: int) -> bool:
+        """Free blocks are as last reported; what was promised since, the grant sorts out."""
+        has_blocks = self.free_blocks * self.block_size >= num_tokens
+        return self.can_take and self.num_running < self.max_running and has_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Demand:
     num_tokens: int  # to compute
     ends_with_first_token: bool
     prefers: frozenset[bytes] = frozenset()
+    avoids: frozenset[bytes] = frozenset()  # an attempt of this request failed there
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +80,17 @@ def place(workers: Sequence[WorkerView], demand: Demand, split: Split, random: R
         return None
     if demand.ends_with_first_token:
         return Placement(prefill.incarnation, None)
-    decode = _least_loaded([w for w in decodes if w.has_decode_room], demand, random)
+    decode = _least_loaded([w for w in decodes if w.has_decode_room(demand.num_tokens)], demand, random)
     return Placement(prefill.incarnation, decode.incarnation) if decode is not None else None
 
 
 def _least_loaded(workers: Sequence[WorkerView], demand: Demand, random: Random) -> WorkerView | None:
-    """A worker the session prefers wins only among equals of at most one request more."""
+    """Of those neither avoided nor suspect, if there are any. A worker the session prefers wins only among equals of at most
+    one request more."""
     if not workers:
         return None
-    least = min(w.queued_tokens if w.is_prefill else w.num_running for w in workers)
+    workers = [w for w in workers if not w.is_suspect and w.incarnation not in demand.avoids] or workers
+    least = min(_load(w) for w in workers)
     slack = workers[0].chunk_tokens if workers[0].is_prefill else 1
     preferred = [w for w in workers if w.incarnation in demand.prefers and _load(w) <= least + slack]
     return random.choice(preferred or [w for w in workers if _load(w) == least])

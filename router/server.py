@@ -26,7 +26,8 @@ from router.placement import Placement, missing_role
 from router.text import TextPool
 from splitfire.core import limits
 from splitfire.core.errors import ConfigError
-from splitfire.core.model_dir import ModelDir
+from splitfire.core.model_dir import ModelDir, others_who_may_change
+from splitfire.core.model_source import served_name
 from splitfire.core.settings import LOOPBACK, RouterSettings, read_secret
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.validation import ModelLimits
@@ -45,6 +46,7 @@ KEEPALIVE = (
 )
 PUBLIC_OPTIONS = (
     *KEEPALIVE,
+    ("grpc.max_connection_idle_ms", int(limits.MAX_CONNECTION_IDLE_S * 1000)),
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.max_metadata_size", limits.MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", limits.MAX_METADATA_BYTES),
@@ -66,11 +68,11 @@ class RouterServer:
         self.telemetry = Telemetry("splitfire-router", settings.trace_file)
         self._text = TextPool(model)
         self._fleet = Fleet(model, self._on_change)
-        admission_limits = AdmissionLimits(settings.max_running, settings.max_queued, limits.MAX_QUEUED_BYTES, limits.QUEUE_TTL_S)
+        admission_limits = AdmissionLimits(settings.max_requests, settings.max_queued, limits.MAX_QUEUED_BYTES, limits.QUEUE_TTL_S)
         self._admission: Admission[Placement] = Admission(admission_limits, time.monotonic)
         self._flow = Flow(self._fleet, self._admission, self.telemetry, settings.split, model.config.vocab_size)
         self._base_limits = ModelLimits(
-            name=model.name,
+            name=settings.model_name or served_name(settings.model, model.path),
             vocab_size=model.config.vocab_size,
             context_length=settings.max_context or model.config.max_positions,
             eos_token_ids=model.config.eos_token_ids,
@@ -106,6 +108,14 @@ class RouterServer:
         await self._tell_health()
         await self._private.start()
         await self._public.start()
+        if settings.insecure:
+            log.warning(
+                "insecure: no TLS, anybody who reaches these ports may use them",
+                host=settings.host,
+                worker_host=settings.worker_host,
+            )
+        if others := others_who_may_change(self._model.path):
+            log.warning("others can change the model directory", path=str(self._model.path), others=others)
         log.info(
             "ready", model=self._base_limits.name, address=f"{settings.host}:{self.port}", worker_address=self._worker_ports[0]
         )
@@ -130,8 +140,8 @@ class RouterServer:
             self._stopped.set()
             return
         self._is_draining = self._api.is_draining = True
-        log.info("draining", requests=self._api.num_active, grace_s=self.settings.drain_grace_s)
-        asyncio.get_running_loop().call_later(self.settings.drain_grace_s, self._stopped.set)
+        log.info("draining", requests=self._api.num_active, grace_s=self.settings.router_grace_s)
+        asyncio.get_running_loop().call_later(self.settings.router_grace_s, self._stopped.set)
         self._changed.set()
 
     def _limits(self) -> ModelLimits:

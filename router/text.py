@@ -27,6 +27,7 @@ from splitfire.core.validation import ChatTurn
 log = structlog.get_logger("router")
 NUM_PROCESSES = 2
 START_TIMEOUT_S = 30.0
+RESTART_S = 1.0  # between tries to start one
 MAX_ANSWER_BYTES = 64 << 20
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 4  # bytes in UTF-8; a token has at least one
@@ -67,6 +68,19 @@ class TextPool:
         return await self._ask({"messages": turns}, "messages")
 
     async def _ask(self, question: dict[str, Any], field: str) -> list[int]:
+        answer = await self._ask_once(question, field)
+        if answer is None:  # its process died: of the question, or of something else
+            answer = await self._ask_once(question, field)
+        if answer is None:
+            raise InvalidInput(field, "cannot be tokenized: it costs too much memory", reason="tokenization_failed")
+        if "bad" in answer:
+            raise InvalidInput(field, str(answer["bad"]))
+        if "failed" in answer:
+            raise Internal(f"tokenizer failed: {answer['failed']}")
+        return list(answer["ids"])
+
+    async def _ask_once(self, question: dict[str, Any], field: str) -> dict[str, Any] | None:
+        """The answer; None when the process did not live to give one."""
         try:
             async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
                 process = await self._idle.get()
@@ -77,29 +91,31 @@ class TextPool:
             async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
                 answer = await process.ask(question)
             is_sound = True
+            return answer
         except TimeoutError as exc:
             message = f"could not be tokenized within {limits.TOKENIZE_TIMEOUT_S:g} s; shorten it"
             raise InvalidInput(field, message, reason="tokenization_timeout") from exc
-        except (OSError, EOFError, ValueError) as exc:
-            raise InvalidInput(field, "cannot be tokenized", reason="tokenization_failed") from exc
+        except (OSError, EOFError, ValueError):
+            return None
         finally:
             if is_sound:
                 self._idle.put_nowait(process)
             else:  # also when cancelled half way: the answer to come belongs to nobody
                 self._replace(process)
-        if "bad" in answer:
-            raise InvalidInput(field, str(answer["bad"]))
-        if "failed" in answer:
-            raise Internal(f"tokenizer failed: {answer['failed']}")
-        return list(answer["ids"])
 
     def _replace(self, process: _Process) -> None:
+        """Ends `process` and starts another, for as long as it takes."""
+
         async def replace() -> None:
             await process.kill()
-            try:
-                self._idle.put_nowait(await _Process.start(self._model))
-            except ConfigError:
-                log.exception("tokenizer process does not start")
+            while True:
+                try:
+                    self._idle.put_nowait(await _Process.start(self._model))
+                except (ConfigError, OSError, ValueError):
+                    log.exception("tokenizer process does not start")
+                    await asyncio.sleep(RESTART_S)
+                else:
+                    return
 
         task = asyncio.create_task(replace(), name="replace-text-process")
         self._replacing.add(task)

@@ -7,9 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,7 +17,8 @@ from rich.console import Console
 from splitfire.cli.client import Client, ServerError
 from splitfire.cli.render import fleet_table, pair_line, print_waterfall
 from splitfire.cli.supervisor import Fleet, FleetPlan, default_cpus, free_port
-from splitfire.core.errors import ConfigError
+from splitfire.core.errors import ConfigError, one_line
+from splitfire.core.model_source import resolve_model, served_name
 from splitfire.core.settings import exit_with, parse_cpus
 from splitfire.v1 import inference_pb2 as pb
 
@@ -43,16 +44,16 @@ def up(
     decode: Annotated[int, typer.Option(envvar="SPLITFIRE_DECODE", min=1, max=64, help="decode workers")] = 1,
     aggregated: Annotated[bool, typer.Option("--aggregated", envvar="SPLITFIRE_AGGREGATED", help="no prefill workers")] = False,
     port: Annotated[int, typer.Option(envvar="SPLITFIRE_PORT", min=0, max=65535, help="for clients; 0 draws one")] = 7070,
-    device: Annotated[Optional[str], typer.Option(envvar="SPLITFIRE_DEVICE", help="cpu or cuda")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(envvar="SPLITFIRE_DTYPE", help="auto, bf16, fp16 or fp32")] = None,  # noqa: UP045
-    split: Annotated[Optional[str], typer.Option(envvar="SPLITFIRE_SPLIT", help="always, auto or never")] = None,  # noqa: UP045
+    device: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DEVICE", help="cpu or cuda")] = None,
+    dtype: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DTYPE", help="auto, bf16, fp16 or fp32")] = None,
+    split: Annotated[str | None, typer.Option(envvar="SPLITFIRE_SPLIT", help="always, auto or never")] = None,
     prefill_cpus: Annotated[str, typer.Option(envvar="SPLITFIRE_PREFILL_CPUS", help="processors, such as 0 or 0-3")] = "",
     decode_cpus: Annotated[str, typer.Option(envvar="SPLITFIRE_DECODE_CPUS", help="processors, such as 1 or 4-7")] = "",
-    kv_memory: Annotated[Optional[str], typer.Option(envvar="SPLITFIRE_KV_MEMORY", help="of each worker, such as 1GiB")] = None,  # noqa: UP045
-    block_size: Annotated[Optional[int], typer.Option(envvar="SPLITFIRE_BLOCK_SIZE", help="tokens a KV block")] = None,  # noqa: UP045
-    chunk_tokens: Annotated[Optional[int], typer.Option(envvar="SPLITFIRE_CHUNK_TOKENS", help="tokens a step")] = None,  # noqa: UP045
-    max_context: Annotated[Optional[int], typer.Option(envvar="SPLITFIRE_MAX_CONTEXT", help="tokens a sequence")] = None,  # noqa: UP045
-    trace_file: Annotated[Optional[Path], typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,  # noqa: UP045
+    kv_memory: Annotated[str | None, typer.Option(envvar="SPLITFIRE_KV_MEMORY", help="of each worker, such as 1GiB")] = None,
+    block_size: Annotated[int | None, typer.Option(envvar="SPLITFIRE_BLOCK_SIZE", help="tokens a KV block")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(envvar="SPLITFIRE_CHUNK_TOKENS", help="tokens a step")] = None,
+    max_context: Annotated[int | None, typer.Option(envvar="SPLITFIRE_MAX_CONTEXT", help="tokens a sequence")] = None,
+    trace_file: Annotated[Path | None, typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,
 ) -> None:
     """Starts a fleet on this machine and keeps it up until Ctrl-C."""
     flags = {
@@ -71,22 +72,28 @@ def up(
         out.print(
             f"\nTry it:  [bold]splitfire generate 'def fibonacci(n):' --server {fleet.address}[/]\n(logs: {fleet.directory}; Ctrl-C ends it)"
         )
-        while True:
-            time.sleep(0.2)
-            fleet.watch()
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(0.2)
+                fleet.watch()
+        err.print("ending the fleet")
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="the text to continue; - reads standard input")],
     server: SERVER = DEFAULT_SERVER,
-    max_tokens: Annotated[int, typer.Option(min=1, help="at most this many tokens")] = 128,
-    temperature: Annotated[Optional[float], typer.Option(help="0 is greedy; default: the model's")] = None,  # noqa: UP045
-    top_p: Annotated[Optional[float], typer.Option(help="nucleus")] = None,  # noqa: UP045
-    top_k: Annotated[Optional[int], typer.Option(help="most likely k")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="the same seed gives the same tokens")] = None,  # noqa: UP045
-    stop: Annotated[Optional[list[str]], typer.Option(help="end before this text; may be given several times")] = None,  # noqa: UP045
-    trace: Annotated[bool, typer.Option("--trace", help="show where the time went")] = False,
+    max_tokens: Annotated[int, typer.Option(envvar="SPLITFIRE_MAX_TOKENS", min=1, help="at most this many tokens")] = 128,
+    temperature: Annotated[
+        float | None, typer.Option(envvar="SPLITFIRE_TEMPERATURE", help="0 is greedy; default: the model's")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(envvar="SPLITFIRE_TOP_P", help="nucleus")] = None,
+    top_k: Annotated[int | None, typer.Option(envvar="SPLITFIRE_TOP_K", help="most likely k")] = None,
+    seed: Annotated[int | None, typer.Option(envvar="SPLITFIRE_SEED", help="the same seed gives the same tokens")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(envvar="SPLITFIRE_STOP", help="end before this text; may be given several times")
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", envvar="SPLITFIRE_TRACE", help="show where the time went")] = False,
     timeout: TIMEOUT = 600.0,
 ) -> None:
     """Streams the continuation of a text."""
@@ -104,7 +111,11 @@ def generate(
 
 
 @app.command()
-def chat(server: SERVER = DEFAULT_SERVER, max_tokens: Annotated[int, typer.Option(min=1)] = 256, timeout: TIMEOUT = 600.0) -> None:
+def chat(
+    server: SERVER = DEFAULT_SERVER,
+    max_tokens: Annotated[int, typer.Option(envvar="SPLITFIRE_MAX_TOKENS", min=1, help="of one answer")] = 256,
+    timeout: TIMEOUT = 600.0,
+) -> None:
     """A conversation; an empty line or Ctrl-D ends it."""
     with Client(server) as client:
         out.print(f"[dim]{client.model().id} on {server}; an empty line ends[/]")
@@ -134,8 +145,8 @@ def fleet(server: SERVER = DEFAULT_SERVER) -> None:
 @app.command()
 def demo(
     prompt: Annotated[str, typer.Argument(envvar="SPLITFIRE_DEMO_PROMPT")] = DEMO_PROMPT,
-    max_tokens: Annotated[int, typer.Option(min=2)] = 96,
-    trace_file: Annotated[Optional[Path], typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,  # noqa: UP045
+    max_tokens: Annotated[int, typer.Option(envvar="SPLITFIRE_DEMO_TOKENS", min=2, help="how long the answer is")] = 96,
+    trace_file: Annotated[Path | None, typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,
 ) -> None:
     """The main job once: router, prefill and decode, one answer, where its time went; nothing is left running."""
     began = time.monotonic()
@@ -185,7 +196,18 @@ def make_plan(
         raise ConfigError(f"--prefill-cpus, --decode-cpus: {exc}") from exc
     if not any(cpus):
         cpus = default_cpus(num_prefill, num_decode)
-    return FleetPlan(model, num_prefill, num_decode, *cpus, port or free_port(), router_flags, worker_flags, shared_flags)
+    path = resolve_model(model)  # once, here, where a download's progress can be seen
+    return FleetPlan(
+        str(path),
+        served_name(model, path),
+        num_prefill,
+        num_decode,
+        *cpus,
+        port or free_port(),
+        router_flags,
+        worker_flags,
+        shared_flags,
+    )
 
 
 def given(flags: Mapping[str, object | None]) -> tuple[str, ...]:
@@ -204,12 +226,13 @@ def running(plan: FleetPlan) -> Iterator[Fleet]:
     signal.signal(signal.SIGTERM, ended)
     try:
         fleet.start()
-        with err.status(f"starting {plan.num_prefill} prefill and {plan.num_decode} decode workers with {plan.model}"):
+        with err.status(f"starting {plan.num_prefill} prefill and {plan.num_decode} decode workers with {plan.model_name}"):
             status = fleet.wait_ready()
         print_ready(fleet, status)
         yield fleet
     except KeyboardInterrupt:
         err.print("ending the fleet")
+        raise typer.Exit(130) from None
     finally:
         _stop(fleet)
 
@@ -269,7 +292,7 @@ def main() -> None:
     except ConfigError as exc:
         sys.exit(exit_with(exc))
     except ServerError as exc:
-        err.print(f"splitfire: {exc}", markup=False)
+        err.print(f"splitfire: {one_line(str(exc))}", markup=False)
         sys.exit(1)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)

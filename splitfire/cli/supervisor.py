@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from splitfire.core.errors import ConfigError
 from splitfire.core.settings import PARENT_VARIABLE
 from splitfire.v1 import inference_pb2 as pb
 
-READY_TIMEOUT_S = 600.0  # a large checkpoint takes its time
+READY_TIMEOUT_S = 1800.0  # a large checkpoint takes its time
 PAIR_TIMEOUT_S = 10.0
 POLL_S = 0.05
 FIRST_RESTART_S, MAX_RESTART_S = 1.0, 30.0
@@ -37,6 +38,7 @@ class FleetPlan:
     """What to start. `flags` go to every child, as they are."""
 
     model: str
+    model_name: str
     num_prefill: int
     num_decode: int
     prefill_cpus: tuple[int, ...]
@@ -55,6 +57,7 @@ class Child:
     command: list[str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
     restart_at: float | None = None
     delay_s: float = FIRST_RESTART_S
 
@@ -78,9 +81,10 @@ class Fleet:
 
     plan: FleetPlan
     say: Callable[[str], None]
-    directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="splitfire-")))
+    directory: Path = field(default_factory=lambda: _new_directory())
     children: list[Child] = field(default_factory=list)
     is_ready: bool = False
+    has_lost_child: bool = False
 
     @property
     def address(self) -> str:
@@ -93,7 +97,10 @@ class Fleet:
         token_file.write_text(secrets.token_hex(32))
         worker_port = free_port()
         shared = [f"--model={plan.model}", f"--fleet-token-file={token_file}", *plan.shared_flags]
-        self._add("router", ["-m", "router", *shared, f"--port={plan.port}", f"--worker-port={worker_port}", *plan.router_flags])
+        name = f"--model-name={plan.model_name}"
+        self._add(
+            "router", ["-m", "router", *shared, name, f"--port={plan.port}", f"--worker-port={worker_port}", *plan.router_flags]
+        )
         for role, count, cpus in (("prefill", plan.num_prefill, plan.prefill_cpus), ("decode", plan.num_decode, plan.decode_cpus)):
             for index, mine in enumerate(share(cpus, count)):
                 flags = [f"--role={role}", f"--worker-id={role}-{index}", f"--router=127.0.0.1:{worker_port}", *plan.worker_flags]
@@ -130,14 +137,17 @@ class Fleet:
                     child.restart_at = None
                     self._spawn(child)
             elif child.process is not None and (code := child.process.poll()) is not None:
+                self.has_lost_child = True
                 if code == 2:
                     raise ConfigError(f"{child.name}: {child.last_line()}")
+                if now - child.started_at > MAX_RESTART_S:  # it was well for a while
+                    child.delay_s = FIRST_RESTART_S
                 self.say(f"{child.name} ended with code {code} ({child.last_line()}); starting it again in {child.delay_s:g} s")
                 child.restart_at = now + child.delay_s
                 child.delay_s = min(child.delay_s * 2, MAX_RESTART_S)
 
     def stop(self, *, now: bool = False) -> None:
-        """Asks every child to finish what it has (workers first), or ends them at once."""
+        """Asks every child to finish what it has, or ends them at once. The logs go too when all went well."""
         living = [c.process for c in reversed(self.children) if c.process is not None and c.process.poll() is None]
         for process in living:
             process.send_signal(signal.SIGKILL if now else signal.SIGTERM)
@@ -148,6 +158,10 @@ class Fleet:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self.is_ready and not self.has_lost_child:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        else:  # somebody may want to know why
+            (self.directory / "fleet-token").unlink(missing_ok=True)
 
     def _add(self, name: str, arguments: Sequence[str]) -> None:
         child = Child(name, [sys.executable, *arguments], self.directory / f"{name}.log")
@@ -156,12 +170,22 @@ class Fleet:
         self._spawn(child)
 
     def _spawn(self, child: Child) -> None:
+        child.started_at = time.monotonic()
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
         with child.log.open("ab") as log:
             # A session of its own: Ctrl-C reaches the supervisor alone, which then ends the children in order.
             child.process = subprocess.Popen(  # noqa: S603
                 child.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
+
+
+def _new_directory() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="splitfire-"))
+    except OSError as exc:
+        raise ConfigError(
+            f"no directory for logs can be made: {exc.strerror or exc}; set TMPDIR to one that can be written"
+        ) from exc
 
 
 def free_port() -> int:

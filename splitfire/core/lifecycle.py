@@ -79,8 +79,8 @@ class ReqEvent(Enum):
 _ENDS = {ReqEvent.FAIL: Req.FAILED, ReqEvent.CANCEL: Req.CANCELLED}
 REQUEST: dict[Req, dict[ReqEvent, Req]] = {
     Req.ACCEPTED: {ReqEvent.ADMIT: Req.ADMITTED, **_ENDS},
-    Req.ADMITTED: {ReqEvent.DISPATCH: Req.DISPATCHED, **_ENDS},
-    Req.DISPATCHED: {ReqEvent.TOKEN: Req.STREAMING, ReqEvent.RESUBMIT: Req.ADMITTED, **_ENDS},
+    Req.ADMITTED: {ReqEvent.DISPATCH: Req.DISPATCHED, ReqEvent.RESUBMIT: Req.ADMITTED, ReqEvent.FINISH: Req.DONE, **_ENDS},
+    Req.DISPATCHED: {ReqEvent.TOKEN: Req.STREAMING, ReqEvent.RESUBMIT: Req.ADMITTED, ReqEvent.FINISH: Req.DONE, **_ENDS},
     Req.STREAMING: {ReqEvent.TOKEN: Req.STREAMING, ReqEvent.RESUBMIT: Req.ADMITTED, ReqEvent.FINISH: Req.DONE, **_ENDS},
     Req.DONE: {},
     Req.FAILED: {},

@@ -52,11 +52,6 @@ class ModelDir:
         self.chat_template, self.template_tokens = _chat_template(path)
         self._raw_config = config
 
-    @property
-    def name(self) -> str:
-        """What clients call the model: the directory's own name."""
-        return self.path.resolve().name
-
     @cached_property
     def config_digest(self) -> bytes:
         """Over what the model computes with; formatting and key order do not count."""
@@ -67,9 +62,11 @@ class ModelDir:
         template = (self.chat_template or "").encode()
         return sha256(self.tokenizer_path.read_bytes() + b"\0" + template).digest()
 
-    @cached_property
-    def rope_digest(self) -> bytes:
-        return sha256(repr(self.config.rope).encode()).digest()
+    def rope_digest(self, max_context: int) -> bytes:
+        """Over what turns a position into an angle: dynamic scaling fixes its base from the configured length."""
+        rope = self.config.rope
+        length = max(max_context, rope.original_positions) if rope.rope_type == "dynamic" else 0
+        return sha256(f"{rope!r} {length}".encode()).digest()
 
     def tensors(self) -> dict[str, TensorEntry]:
         """Every tensor by name, from the headers alone; nothing is mapped or loaded."""

@@ -19,9 +19,16 @@ def resolve_model(model: str) -> Path:
         if not path.is_dir():
             raise ModelError(f"{model}: the built-in model is not in {path}; run from a checkout, or give a model directory")
         return path
-    path = Path(model).expanduser()
-    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.exists()
-    return _download(model) if is_hub_id else path
+    return _download(model) if is_hub_id(model) else Path(model).expanduser()
+
+
+def served_name(model: str, path: Path) -> str:
+    """What clients call it: the hub id as it was given, otherwise the directory's own name."""
+    return model if is_hub_id(model) else path.resolve().name
+
+
+def is_hub_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
 
 
 def _download(model: str) -> Path:

@@ -86,10 +86,19 @@ class ServiceSettings(BaseSettings):
     )  # fmt: skip
 
     model: str = Field("pico", description="pico, a model directory, or a hub id")
+    insecure: bool = Field(False, description="allow addresses that other hosts can reach, though there is no TLS yet")
     max_context: int | None = Field(None, ge=16, le=limits.MAX_POSITIONS, description="tokens, prompt and output; the model's own")
     fleet_token_file: Path | None = Field(None, description="file with the secret that router and workers share")
     trace_file: Path | None = Field(None, description="write spans to this file, for Perfetto")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line to write")
+
+
+def _require_loopback(settings: ServiceSettings, **hosts: str) -> None:
+    for name, host in hosts.items():
+        if host not in LOOPBACK and not settings.insecure:
+            raise ValueError(
+                f"{name} {host} can be reached from other machines and there is no TLS yet: use 127.0.0.1, or --insecure"
+            )
 
 
 class RouterSettings(ServiceSettings):
@@ -99,25 +108,22 @@ class RouterSettings(ServiceSettings):
     port: Port = Field(7070, description="port clients connect to; 0 draws one")
     worker_host: str = Field("127.0.0.1", description="address workers connect to")
     worker_port: Port = Field(7071, description="port workers connect to; 0 draws one")
+    model_name: str = Field(
+        "", max_length=limits.MAX_MODEL_NAME_CHARS, description="what clients call the model; default: MODEL's own name"
+    )
     split: Literal["always", "auto", "never"] = Field(
         "auto", description="prefill elsewhere: always, when a prefill worker is there, never"
     )
-    max_running: int = Field(256, ge=1, le=4096, description="requests in flight, all workers together")
+    max_requests: int = Field(256, ge=1, le=4096, description="requests in flight, all workers together")
     max_queued: int = Field(limits.MAX_QUEUED_REQUESTS, ge=0, le=limits.MAX_QUEUED_REQUESTS, description="requests that may wait")
     reflection: bool | None = Field(None, description="gRPC server reflection; default: on when bound to loopback")
-    insecure: bool = Field(False, description="allow addresses other hosts can reach without TLS and tokens")
-    drain_grace_s: float = Field(30.0, ge=0, le=3600, description="seconds open requests get after SIGTERM")
+    router_grace_s: float = Field(30.0, ge=0, le=3600, description="seconds open requests get after SIGTERM")
 
     @model_validator(mode="after")
     def _safe_binds(self) -> RouterSettings:
-        if self.insecure:
-            return self
-        if self.host not in LOOPBACK:
-            raise ValueError(
-                f"host {self.host} can be reached from other machines and there is no TLS: use 127.0.0.1, or --insecure"
-            )
-        if self.worker_host not in LOOPBACK and self.fleet_token_file is None:
-            raise ValueError(f"worker_host {self.worker_host} needs fleet_token_file, or --insecure")
+        _require_loopback(self, host=self.host, worker_host=self.worker_host)
+        if 0 < self.port == self.worker_port and self.host == self.worker_host:
+            raise ValueError(f"port and worker_port are both {self.port}: clients and workers need a port each")
         return self
 
 
@@ -154,6 +160,9 @@ class WorkerSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _relations(self) -> WorkerSettings:
+        _require_loopback(self, status_host=self.status_host)
+        if self.ucx_devices != "lo" and not self.insecure:
+            raise ValueError(f"ucx_devices {self.ucx_devices} carries KV in clear text between hosts: use lo, or --insecure")
         if self.role == "prefill" and self.drain_grace_s is not None and self.drain_grace_s <= limits.HOLD_S:
             raise ValueError(f"drain_grace_s of a prefill worker must exceed the hold deadline of {limits.HOLD_S:g} s")
         if self.chunk_tokens is not None and self.chunk_tokens < self.block_size:
@@ -237,7 +246,10 @@ def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
 PARENT_VARIABLE = ENV_PREFIX + "PARENT"
 
 # What only the command line tool reads (splitfire/cli): the twins of its own flags.
-_CLI_FLAGS = ("PREFILL", "DECODE", "AGGREGATED", "PREFILL_CPUS", "DECODE_CPUS", "SERVER", "TIMEOUT", "DEMO_PROMPT")
+_CLI_FLAGS = (
+    *("PREFILL", "DECODE", "AGGREGATED", "PREFILL_CPUS", "DECODE_CPUS", "SERVER", "TIMEOUT", "DEMO_PROMPT", "DEMO_TOKENS"),
+    *("MAX_TOKENS", "TEMPERATURE", "TOP_P", "TOP_K", "SEED", "STOP", "TRACE"),
+)
 CLI_VARIABLES = {PARENT_VARIABLE, *(ENV_PREFIX + name for name in _CLI_FLAGS)}
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry import trace
@@ -24,6 +25,9 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from splitfire.core.errors import ConfigError
+
+log = structlog.get_logger("telemetry")
 STEPS = ("accept", "admit", "place", "dispatch", "prefill", "ship", "first_token", "join", "decode", "stream")
 SHUTDOWN_S = 2.0
 Attributes = Mapping[str, str | int | float | bool]  # of a span
@@ -34,6 +38,7 @@ class Telemetry:
     """This process's tracer. Off, every call returns at once."""
 
     def __init__(self, service: str, trace_file: Path | None) -> None:
+        """ConfigError when the file cannot be written, or the collector's address is none."""
         self._provider: TracerProvider | None = None
         self._epoch_ns = time.time_ns() - time.monotonic_ns()
         has_collector = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{kind}") for kind in ("ENDPOINT", "TRACES_ENDPOINT"))
@@ -41,16 +46,15 @@ class Telemetry:
             return
         self._provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
         if has_collector:
+            _check_endpoint(
+                os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+            )
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - 60 ms, only if used
 
             self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=2)))
         if trace_file is not None:
             self._provider.add_span_processor(BatchSpanProcessor(PerfettoExporter(trace_file, service), schedule_delay_millis=200))
         self._tracer = self._provider.get_tracer("splitfire")
-
-    @property
-    def is_on(self) -> bool:
-        return self._provider is not None
 
     def begin_request(self, traceparent: str, began: float) -> RequestTrace:
         """The root span of a request, under the client's own context if it sent one."""
@@ -106,7 +110,12 @@ class PerfettoExporter(SpanExporter):
     def __init__(self, path: Path, service: str) -> None:
         self._path = path
         self._pid = os.getpid()
-        self._append([{"name": "process_name", "ph": "M", "pid": self._pid, "args": {"name": service}}])
+        try:
+            if path.exists() and path.stat().st_size and not _is_trace(path):
+                raise ConfigError(f"trace_file {path}: holds something else; give a new file")
+            self._append([{"name": "process_name", "ph": "M", "pid": self._pid, "args": {"name": service}}])
+        except OSError as exc:
+            raise ConfigError(f"trace_file {path}: {exc.strerror or exc}") from exc
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         try:
@@ -135,6 +144,28 @@ class PerfettoExporter(SpanExporter):
             else:
                 file.seek(size - 2)  # over the closing "\n]"
                 file.write(b",\n" + lines + b"\n]")
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether it ends as our files do; what follows is written over that end."""
+    with path.open("rb") as file:
+        begin = file.read(2)
+        file.seek(-2, os.SEEK_END)
+        return begin == b"[\n" and file.read(2) == b"\n]"
+
+
+def _check_endpoint(endpoint: str) -> None:
+    parsed = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
+    try:
+        is_good = parsed.scheme in ("", "http", "https") and bool(parsed.hostname) and parsed.port != 0
+    except ValueError:  # of the port
+        is_good = False
+    if not is_good:
+        raise ConfigError(
+            f"OTEL_EXPORTER_OTLP_ENDPOINT: is {endpoint!r}, accepted: http://host:port, https://host:port or host:port"
+        )
+    if (parsed.hostname or "").startswith("169.254."):
+        log.warning("spans go to a link-local address, where clouds keep their metadata service", endpoint=endpoint)
 
 
 def configure_logging(service: str, level: str) -> None:

@@ -36,7 +36,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...] = ()
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     has_chat_template: bool = False
-    pool_tokens: int | None = None  # KV room of the smallest worker; None: not known
+    pool_tokens: int | None = None  # KV room of the largest decode pool; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ class ValidRequest:
 
 def check_request(request: pb.GenerateRequest, model: ModelLimits) -> ValidRequest:
     """The request with defaults filled in, or the error that names its first bad field."""
+    _check_counts(request, model)
     refuse_unknown_fields(request)
     check_request_id(request.request_id)
     check_model(request.model, model)
@@ -96,6 +97,19 @@ def check_request(request: pb.GenerateRequest, model: ModelLimits) -> ValidReque
         priority=_priority(request.priority),
         session_id=request.session_id,
     )
+
+
+def check_tokenize_request(request: pb.TokenizeRequest, model: ModelLimits) -> None:
+    """Exactly one of `text` and `messages`, neither empty."""
+    _require(
+        len(request.messages) <= limits.MAX_MESSAGES, "messages", len(request.messages), f"1 to {limits.MAX_MESSAGES} messages"
+    )
+    refuse_unknown_fields(request)
+    check_model(request.model, model)
+    if request.HasField("text") and request.messages:
+        raise InvalidInput("prompt", "set exactly one of text and messages, not both")
+    if not request.text and not request.messages:
+        raise InvalidInput("prompt", "must not be empty")
 
 
 def check_request_id(request_id: str) -> None:
@@ -175,9 +189,7 @@ def resolve_stopping(stopping: StopRequest, num_prompt: int, model: ModelLimits)
         raise InvalidInput("prompt", "must not be empty")
     room = model.context_length - num_prompt
     if room < 1:
-        raise ExceedsContext(
-            "prompt", f"has {num_prompt} tokens, limit {model.context_length - 1} (context {model.context_length})"
-        )
+        raise _too_long(num_prompt, model)
     max_tokens = room if stopping.max_tokens is None else stopping.max_tokens
     if max_tokens > room:
         raise ExceedsContext(
@@ -192,6 +204,23 @@ def resolve_stopping(stopping: StopRequest, num_prompt: int, model: ModelLimits)
             f"prompt and output need KV for {num_prompt + max_tokens} tokens, the largest pool here holds {model.pool_tokens}",
         )
     return StopParams(max_tokens, stopping.min_tokens, stopping.stop_token_ids)
+
+
+def _check_counts(request: pb.GenerateRequest, model: ModelLimits) -> None:
+    """Before anything is looked at one by one: 4 MiB hold a million of the small things."""
+    num_ids, num_biases = len(request.prompt_token_ids), len(request.sampling.logit_bias)
+    if num_ids >= model.context_length:
+        raise _too_long(num_ids, model)
+    _require(
+        len(request.messages) <= limits.MAX_MESSAGES, "messages", len(request.messages), f"1 to {limits.MAX_MESSAGES} messages"
+    )
+    _require(num_biases <= limits.MAX_LOGIT_BIAS, "sampling.logit_bias", num_biases, f"at most {limits.MAX_LOGIT_BIAS} entries")
+    num_stops = len(request.stopping.stop)
+    _require(num_stops <= limits.MAX_STOP_STRINGS, "stopping.stop", num_stops, f"at most {limits.MAX_STOP_STRINGS} strings")
+
+
+def _too_long(num_prompt: int, model: ModelLimits) -> ExceedsContext:
+    return ExceedsContext("prompt", f"has {num_prompt} tokens, limit {model.context_length - 1} (context {model.context_length})")
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
@@ -270,7 +299,6 @@ def _read_stopping(asked: pb.StoppingParams, model: ModelLimits) -> StopRequest:
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidInput("stopping.min_tokens", f"is {min_tokens}, more than max_tokens = {max_tokens}")
     stops = tuple(asked.stop)
-    _require(len(stops) <= limits.MAX_STOP_STRINGS, "stopping.stop", len(stops), f"at most {limits.MAX_STOP_STRINGS} strings")
     for i, stop in enumerate(stops):
         _require(
             1 <= len(stop) <= limits.MAX_STOP_CHARS,
@@ -320,7 +348,7 @@ def _require(is_in_range: bool, field: str, value: object, accepted: str) -> Non
 def _number(field: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     in_range = (low < value if open_low else low <= value) and value <= high
     if not math.isfinite(value) or not in_range:
-        raise InvalidInput(field, f"is {value:g}, accepted: {'over ' if open_low else ''}{low:g} to {high:g}")
+        raise InvalidInput(field, f"is {value}, accepted: {'over ' if open_low else ''}{low:g} to {high:g}")
 
 
 def _shown(text: str) -> str:

@@ -145,8 +145,9 @@ class Engine:
         drawn = self.runner.run(slices)
         ended = self._clock()
         with self.lock:
-            for piece in slices:
-                self._scheduler.computed(piece)
+            for i, piece in enumerate(slices):
+                if i not in drawn or drawn[i].token is not None:  # what is not finite is shared with nobody
+                    self._scheduler.computed(piece)
             updates = tuple(self._update(piece, drawn.get(i), began, ended) for i, piece in enumerate(slices))
         self._measure(slices, ended - began)
         return StepResult(updates, sum(s.end - s.begin for s in slices), ended - began)

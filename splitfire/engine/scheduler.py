@@ -1,7 +1,7 @@
 """Which sequences compute how many tokens in the next step. Pure: no tensors, no clock, no threads.
 
-One rule serves both roles: sequences that decode go first (one token each), then prompts share what is left of the token
-budget in chunks. A sequence that needs a block when none is left makes room by preempting the newest of the lowest
+One rule serves both roles: every sequence that decodes goes first (one token each), then prompts share what is left of the
+token budget in chunks. A sequence that needs a block when none is left makes room by preempting the newest of the lowest
 class; a preempted sequence gives all its blocks back and computes again later, its tokens kept. The oldest of the
 highest class is never preempted, so there is always progress.
 """
@@ -17,7 +17,7 @@ from splitfire.engine.sequence import SeqId, Sequence
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bounds of one step. `chunk_tokens` is what one step computes at most, all sequences together."""
+    """Bounds of one step. Prompts get what decoding sequences leave of `chunk_tokens`."""
 
     chunk_tokens: int
     max_running: int
@@ -80,17 +80,17 @@ class Scheduler:
         self.held[sequence.spec.seq_id] = sequence
 
     def schedule(self, limit: int | None = None) -> list[Slice]:
-        """The next step, blocks allocated, of at most `limit` tokens. Empty when there is nothing that can run."""
+        """The next step, blocks allocated; prompts fill it up to `limit` tokens. Empty when there is nothing that can run."""
         slices: dict[SeqId, Slice] = {}
         left = min(self.budget.chunk_tokens, limit or self.budget.chunk_tokens)
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
-            if sequence.state is not Seq.RUNNING or left == 0:
-                continue  # preempted to make room for one before it
-            end = sequence.num_computed + self._chunk(sequence, left)
+            if sequence.state is not Seq.RUNNING or (left == 0 and not sequence.is_decoding):
+                continue  # preempted to make room for one before it, or a prompt that has to wait
+            end = sequence.num_computed + (1 if sequence.is_decoding else self._chunk(sequence, left))
             if not self._make_room(sequence, end, slices):
                 continue
             slices[sequence.spec.seq_id] = Slice(sequence, sequence.num_computed, end)
-            left -= end - sequence.num_computed
+            left = max(0, left - (end - sequence.num_computed))
         while left and self.waiting and len(self.running) < self.budget.max_running:
             admitted = self._admit(self.waiting[0], left)
             if admitted is None:

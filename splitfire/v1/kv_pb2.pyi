@@ -448,17 +448,21 @@ class Ping(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     NUM_PAYLOADS_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     num_payloads: _builtins.int
+    run: _builtins.int
+    """of one measurement; repeated in its pongs"""
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
         num_payloads: _builtins.int = ...,
+        run: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_payloads", b"num_payloads", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_payloads", b"num_payloads", "run", b"run", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -471,8 +475,10 @@ class Pong(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     NUM_ARRIVED_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     num_arrived: _builtins.int
+    run: _builtins.int
     @_builtins.property
     def slots(self) -> Global___Slots:
         """to be filled"""
@@ -483,10 +489,11 @@ class Pong(_message.Message):
         sequence: _builtins.int = ...,
         num_arrived: _builtins.int = ...,
         slots: Global___Slots | None = ...,
+        run: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_arrived", b"num_arrived", "sequence", b"sequence", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_arrived", b"num_arrived", "run", b"run", "sequence", b"sequence", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

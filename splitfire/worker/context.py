@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvtransfer.agent import TransferAgent
+from splitfire.core.errors import SplitfireError
 from splitfire.core.layout import KvLayout
 from splitfire.core.telemetry import Telemetry
 from splitfire.engine.engine import SequenceUpdate
@@ -50,6 +51,9 @@ class RoleService(Protocol):
 
     def cancel(self, replies: Replies, attempt: int | None) -> None:
         """Ends one attempt of a router, or (None) all of them. No reply is owed."""
+
+    def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
+        """Ends one job with `error`: what it holds is given back, the router is told."""
 
     @property
     def num_jobs(self) -> int: ...

@@ -131,7 +131,8 @@ def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, rece
     if submit.part not in fleet_pb2.Part.values()[1:]:
         raise Unsupported("part", f"{submit.part} is not known to this version")
     hashes = tuple(BlockHash(h) for h in submit.block_hashes)
-    if len(hashes) > (len(prompt) + len(output)) // limits.layout.block_size or any(len(h) != HASH_BYTES for h in hashes):
+    full = (len(prompt) + len(output)) // limits.layout.block_size
+    if len(hashes) not in (0, full) or any(len(h) != HASH_BYTES for h in hashes):
         raise InvalidInput("block_hashes", f"{len(hashes)} of them do not fit {len(prompt) + len(output)} tokens")
     spec = SequenceSpec(
         seq_id=SeqId(next(_seq_ids)),

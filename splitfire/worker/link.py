@@ -70,6 +70,8 @@ class RouterLink:
         self._outputs: dict[int, fleet_pb2.SequenceOutput] = {}
         self._ends: list[fleet_pb2.AttachRequest] = []
         self._has_frames = asyncio.Event()
+        self._is_flushed = asyncio.Event()
+        self._is_flushed.set()
 
     # -- Replies
 
@@ -95,13 +97,18 @@ class RouterLink:
 
     # -- life
 
+    async def flush(self) -> None:
+        """Until everything said so far was handed to the stream, or there is none."""
+        if self.is_attached:
+            await self._is_flushed.wait()
+
     async def run(self) -> None:
         """Stays attached until cancelled. Retries with jitter; a mismatch is final."""
         delay = FIRST_RETRY_S
         while True:
             try:
-                await self._attach_once()
-                delay = FIRST_RETRY_S
+                if await self._attach_once():
+                    delay = FIRST_RETRY_S
             except grpc.aio.AioRpcError as exc:
                 if exc.code() in (
                     grpc.StatusCode.FAILED_PRECONDITION,
@@ -116,7 +123,8 @@ class RouterLink:
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
             delay = min(delay * 2, MAX_RETRY_S)
 
-    async def _attach_once(self) -> None:
+    async def _attach_once(self) -> bool:
+        """Whether the worker was attached; it no longer is."""
         metadata = (("authorization", f"Bearer {self.options.token.decode()}"),) if self.options.token else ()
         async with grpc.aio.insecure_channel(self.options.address, options=CHANNEL_OPTIONS) as channel:
             stub = fleet_pb2_grpc.FleetStub(channel)
@@ -126,12 +134,12 @@ class RouterLink:
                 async with asyncio.timeout(limits.HELLO_TIMEOUT_S):
                     frame = await call.read()
                 if not isinstance(frame, fleet_pb2.AttachResponse) or not frame.HasField("welcome"):
-                    await call.code()  # raises what the router ended the stream with
-                    return
+                    return False  # the router ended the stream; with an error, read has raised it
                 self.is_attached = True
                 self._worker.on_attached(self)
                 log.info("attached", router=self.options.address, router_id=frame.welcome.router_id)
                 await self._serve(stub, call, metadata)
+                return True
             finally:
                 call.cancel()
                 if self.is_attached:
@@ -142,24 +150,34 @@ class RouterLink:
                     log.info("detached", router=self.options.address)
 
     async def _serve(self, stub: fleet_pb2_grpc.FleetAsyncStub, call: AttachCall, metadata: Metadata) -> None:
-        """Until the router ends the stream or it breaks."""
-        writer = asyncio.create_task(self._write(call), name=f"link-write-{self.options.address}")
-        reporter = asyncio.create_task(self._report(stub, metadata), name=f"link-report-{self.options.address}")
+        """Until the router ends one of the two streams, or one breaks."""
+        parts = (("read", self._read(call)), ("write", self._write(call)), ("report", self._report(stub, metadata)))
+        tasks = [asyncio.create_task(part, name=f"link-{name}-{self.options.address}") for name, part in parts]
         try:
-            while True:
-                frame = await call.read()
-                if not isinstance(frame, fleet_pb2.AttachResponse):
-                    return
-                self._worker.on_frame(self, frame)
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (writer, reporter):
+            self._is_flushed.set()
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(writer, reporter, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in ended:
+            exc = task.exception()
+            if isinstance(exc, grpc.aio.AioRpcError):
+                log.info("stream broke", router=self.options.address, code=exc.code().name, detail=exc.details())
+            elif exc is not None:
+                raise exc
+
+    async def _read(self, call: AttachCall) -> None:
+        while isinstance(frame := await call.read(), fleet_pb2.AttachResponse):
+            self._worker.on_frame(self, frame)
 
     async def _write(self, call: AttachCall) -> None:
         while True:
+            if not (self._outputs or self._ends):
+                self._is_flushed.set()
             await self._has_frames.wait()
             self._has_frames.clear()
+            self._is_flushed.clear()
             outputs, self._outputs = self._outputs, {}
             ends, self._ends = self._ends, []
             if outputs:

@@ -1,4 +1,4 @@
-"""From settings to an engine that is ready to run: find the model, choose dtypes, load, fingerprint, warm up. Blocking."""
+"""From settings to an engine that is ready to run: find the model, choose dtypes, load, fingerprint. Blocking."""
 
 from __future__ import annotations
 
@@ -71,7 +71,12 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
         digest = pool.submit(weights_digest, sorted({entry.file for entry in model.tensors().values()}))
         weights = _load(model, LoadOptions(TORCH_DTYPES[dtype], device, settings.allow_nonfinite))
         fingerprint = Fingerprint(
-            digest.result(), model.config_digest, model.tokenizer_digest, model.rope_digest, WEIGHT_FORMAT, settings.block_size
+            digest.result(),
+            model.config_digest,
+            model.tokenizer_digest,
+            model.rope_digest(max_context),
+            WEIGHT_FORMAT,
+            settings.block_size,
         )
     transformer = Transformer(config, weights, rope_table(config.rope, config.head_dim, max_context, device))
     runner = Runner(transformer, KvPool(layout, num_blocks, device))
@@ -99,7 +104,7 @@ def _load(model: ModelDir, options: LoadOptions) -> Weights:
         return load_weights(model, options)
     columns = (TextColumn("loading {task.fields[name]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("load", total=None, name=model.name)
+        task = bar.add_task("load", total=None, name=model.path.name)
         return load_weights(model, options, lambda done, total: bar.update(task, completed=done, total=total))
 
 

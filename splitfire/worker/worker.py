@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -35,6 +34,7 @@ from splitfire.worker.job import JobLimits, make_job, peer_address, refusal
 from splitfire.worker.link import LinkOptions, RouterLink
 from splitfire.worker.load import LoadReporter, host_id
 from splitfire.worker.loading import LoadedModel
+from splitfire.worker.roster import Roster
 
 log = structlog.get_logger("worker")
 WATCH_EVERY_S = 0.5
@@ -55,7 +55,7 @@ class Worker:
     ) -> None:
         self.settings = settings
         self.incarnation = secrets.token_bytes(16)
-        self.worker_id = settings.worker_id or f"{settings.role}-{os.getpid()}"
+        self.worker_id = settings.worker_id or f"{settings.role}-{self.incarnation.hex()[:8]}"
         self._loaded = loaded
         self._telemetry = Telemetry(f"splitfire-{settings.role}", settings.trace_file)
         loop = asyncio.get_running_loop()
@@ -73,6 +73,7 @@ class Worker:
         self._links = [RouterLink(LinkOptions(address, token), self, self._on_refused) for address in settings.routers]
         self._health = HealthPort(settings.status_host, settings.status_port)
         self._reporter = LoadReporter(loaded.engine, self.agent, lambda: self._is_draining)
+        self._roster = Roster(time.monotonic)
         self._is_draining = False
         self._changed = asyncio.Event()
         self._exit = asyncio.Event()
@@ -83,6 +84,10 @@ class Worker:
         self.agent.start()
         self._host.start()
         await self._health.start()
+        if self.settings.insecure:
+            log.warning(
+                "insecure: no TLS, KV in clear text", status_host=self.settings.status_host, ucx_devices=self.settings.ucx_devices
+            )
         log.info(
             "ready",
             worker_id=self.worker_id,
@@ -92,7 +97,12 @@ class Worker:
         )
         tasks = [asyncio.create_task(link.run(), name=f"link-{link.options.address}") for link in self._links]
         tasks.append(asyncio.create_task(self._watch(), name="watch"))
+        for task in tasks:
+            task.add_done_callback(self._on_task_done)
         await self._exit.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_S):
+                await asyncio.gather(*(link.flush() for link in self._links))
         for task in tasks:
             task.cancel()
         with contextlib.suppress(TimeoutError):
@@ -149,10 +159,11 @@ class Worker:
             error = Unavailable("the prompt is not held any more; submit again", reason="not_held")
             link.refused(refusal(frame.redirect.attempt, error, is_retryable=True))
         elif kind == "peer_up":
+            self._roster.up(link, frame.peer_up.peer.incarnation)
             self._meet(frame.peer_up.peer)
         elif kind == "peer_gone":
-            self._reporter.forget(frame.peer_gone.incarnation)
-            self.agent.peer_gone(frame.peer_gone.incarnation)
+            if self._roster.gone(link, frame.peer_gone.incarnation):
+                self._part(frame.peer_gone.incarnation)
         elif kind == "drain" and not self._is_draining:
             self.drain()
 
@@ -161,6 +172,7 @@ class Worker:
 
     def on_lost(self, link: RouterLink) -> None:
         self._changed.set()
+        self._roster.router_lost(link)
         for service in (self._prefill, self._decode):
             service.cancel(link, None)
 
@@ -194,7 +206,8 @@ class Worker:
         for seq_id in ids:
             for service in (self._prefill, self._decode):
                 if service.owns(seq_id):
-                    service.on_started(seq_id)
+                    self._guarded(service, seq_id, lambda s=service, i=seq_id: s.on_started(i))  # type: ignore[misc]
+                    break
 
     def _on_step(self, result: StepResult) -> None:
         has_ended = False
@@ -202,22 +215,36 @@ class Worker:
             has_ended |= update.is_finished
             for service in (self._prefill, self._decode):
                 if service.owns(update.seq_id):
-                    service.on_update(update)
+                    self._guarded(service, update.seq_id, lambda s=service, u=update: s.on_update(u))  # type: ignore[misc]
                     break
         if has_ended:
             self._reporter.report_now()
+
+    def _guarded(self, service: RoleService, seq_id: SeqId, act: Callable[[], None]) -> None:
+        """One request that cannot go on fails alone."""
+        try:
+            act()
+        except SplitfireError as exc:
+            service.fail(seq_id, exc)
+        except Exception as exc:
+            log.exception("request failed")
+            service.fail(seq_id, Internal(f"worker failed: {type(exc).__name__}"))
 
     def _meet(self, peer: fleet_pb2.Peer) -> None:
         """A worker of the other role is up. The prefill side measures."""
         try:
             address = peer_address(peer, self.agent.transport.name)
+            self.agent.meet(address)
         except SplitfireError as exc:
             log.warning("cannot exchange KV", peer=peer.worker_id, reason=str(exc))
             return
-        self.agent.meet(address)
         if self.settings.role == "prefill" and not self._reporter.knows(peer.incarnation):
             is_same_host = peer.host == host_id()
             self.agent.measure(address, lambda *measured: self._on_measured(address, is_same_host, *measured))
+
+    def _part(self, incarnation: bytes) -> None:
+        self._reporter.forget(incarnation)
+        self.agent.peer_gone(incarnation)
 
     def _on_measured(self, peer: PeerAddress, is_same_host: bool, round_trip_s: float, bytes_per_s: float, path: str) -> None:
         name = self.agent.transport.name
@@ -250,8 +277,15 @@ class Worker:
                 self.drain()
             if self._is_draining and not self._num_jobs:
                 self._stop(0)
+            for incarnation in self._roster.expired():
+                self._part(incarnation)
             if self._loaded.engine.has_work and time.monotonic() - self._host.last_turn > STUCK_S:
                 self._on_crash(TimeoutError(f"no engine step finished within {STUCK_S:g} s"))
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        """Links and the watch only end when this worker does."""
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            self._on_crash(exc)
 
     def _on_crash(self, exc: BaseException) -> None:
         log.error("worker stops", error=type(exc).__name__, detail=str(exc))

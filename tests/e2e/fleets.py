@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -103,7 +104,9 @@ def start_fleet(
     worker: Sequence[str] = (),
     shared: Sequence[str] = (),
 ) -> Iterator[RunningFleet]:
-    plan = FleetPlan(model, prefill, decode, (), (), free_port(), tuple(router), ("--threads=1", *worker), tuple(shared))
+    plan = FleetPlan(
+        model, Path(model).name, prefill, decode, (), (), free_port(), tuple(router), ("--threads=1", *worker), tuple(shared)
+    )
     fleet = Fleet(plan, print)
     try:
         fleet.start()

@@ -282,7 +282,7 @@ def test_reflection_is_off_when_the_operator_says_so(pico: RunningFleet) -> None
 
 def test_a_queue_that_is_full_refuses_at_once_with_a_hint(pico: RunningFleet) -> None:
     """P17, F53."""
-    with start_fleet("pico", prefill=0, router=("--max-running=1", "--max-queued=1")) as fleet:
+    with start_fleet("pico", prefill=0, router=("--max-requests=1", "--max-queued=1")) as fleet:
         running = fleet.stub.Generate(greedy(count=1500))
         next(running)
         waiting = fleet.stub.Generate(greedy(count=2))

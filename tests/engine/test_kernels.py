@@ -30,18 +30,18 @@ class Case(NamedTuple):
 
 
 def attention_case(shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> Case:
-    """Sequences of (new tokens, context) in scattered blocks; the pool's other blocks are NaN."""
+    """Sequences of (new tokens, context) in scattered blocks; every other position of the pool is NaN: block 0, which pads
+    block tables, and the unwritten end of each last block. One that leaked into a result would show."""
     generator = torch.Generator().manual_seed(1)
     num_blocks = sum(-(-context // BLOCK) for _, context in shapes) + 7
     cache = torch.full((num_blocks, 2, KV_HEADS, BLOCK, DIM), float("nan"), dtype=dtype)
-    cache[0] = 0.0  # padding of block tables reads block 0
     free = list(range(1, num_blocks))
     random.Random(1).shuffle(free)
     spans, contents, begin = [], [], 0
     for new, context in shapes:
         ids = tuple(free.pop() for _ in range(-(-context // BLOCK)))
         kv = torch.randn(2, KV_HEADS, context, DIM, generator=generator).to(dtype)
-        padded = torch.zeros(2, KV_HEADS, len(ids) * BLOCK, DIM, dtype=dtype)
+        padded = torch.full((2, KV_HEADS, len(ids) * BLOCK, DIM), float("nan"), dtype=dtype)
         padded[:, :, :context] = kv
         for i, block in enumerate(ids):
             cache[block] = padded[:, :, i * BLOCK : (i + 1) * BLOCK]

@@ -65,6 +65,18 @@ def test_a_long_prompt_goes_in_chunks_of_whole_blocks() -> None:
     assert [sizes(bench.step()) for _ in range(3)] == [[(0, 16)], [(16, 32)], [(32, 50)]]
 
 
+def test_more_decoding_sequences_than_a_step_has_tokens_starve_nobody() -> None:
+    bench = Bench(64, chunk_tokens=8)
+    decoding = [bench.add(8, 30, token=20 * i) for i in range(8)]
+    while not all(s.num_output for s in decoding):
+        bench.step()
+    bench.scheduler.budget = Budget(2, 8)
+    for _ in range(5):
+        before = [s.num_output for s in decoding]
+        bench.step()
+        assert [s.num_output - b for s, b in zip(decoding, before, strict=True)] == [1] * 8
+
+
 def test_decodes_go_first_and_a_chunk_takes_what_is_left() -> None:
     bench = Bench(64, chunk_tokens=20)
     short = bench.add(8, 100)

@@ -14,10 +14,12 @@ from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import slot_bytes_for
 from kvtransfer.memory import Hub
 from kvtransfer.peers import PeerAddress
-from kvtransfer.receiver import Expectation, Receiver
+from kvtransfer.protocol import Send
+from kvtransfer.receiver import Expectation, Receiver, Room
 from kvtransfer.sender import Outcome, Sender, Shipment
 from kvtransfer.transport import Transport
 from kvtransfer.ucx import UcxTransport
+from splitfire.core.errors import Mismatch, Unavailable
 from splitfire.v1 import kv_pb2
 from tests.kvtransfer.fakes import FINGERPRINT, LAYOUT, FakeSink, FakeSource
 
@@ -282,6 +284,123 @@ def test_a_receiver_lost_in_mid_send_costs_its_slots_and_nobody_elses_transfer()
         second.assert_no_leaks()
 
     play(scene())
+
+
+def test_a_peer_that_a_router_introduces_again_is_listened_to() -> None:
+    """Its stream to the router broke for a moment: the same process, the same incarnation."""
+
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        for agent, other in ((pair.prefill, pair.at_decode), (pair.decode, pair.at_prefill)):
+            agent.meet(other)
+            agent.peer_gone(other.incarnation)
+            with pytest.raises(Unavailable, match="is gone"):
+                agent.expect(Expectation(b"x" * 16, b"t" * 16, other.incarnation, 1, LAYOUT, FINGERPRINT[:8]), other, FakeSink(1))
+            agent.meet(other)
+        source, sink = FakeSource(1), FakeSink(1)
+        pair.expect(sink, 40, b"a" * 16)
+        sender = pair.offer(source, 40, b"a" * 16)
+        sender.computed(40)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is not None)
+        assert source.outcome is Outcome.RECEIVED
+        pair.assert_no_leaks()
+
+    play(scene())
+
+
+def test_a_measurement_that_starts_over_leaks_no_slot() -> None:
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        pair.decode.meet(pair.at_prefill)
+        results: list[float] = []
+        pair.prefill.measure(pair.at_decode, lambda _rtt, rate, _path: results.append(rate))
+        peer = pair.prefill._peers.get(pair.at_decode)
+        for _ in range(3):  # in the middle of the payloads, as a timer that is too short would
+            await until(lambda: pair.decode.receive_ring.num_lent > 0)
+            pair.prefill._measure(peer, lambda _rtt, rate, _path: results.append(rate))
+        await until(lambda: bool(results))
+        await until(lambda: pair.decode.num_held_slots == pair.prefill.num_held_slots == 0)
+        pair.assert_no_leaks()
+
+    play(scene())
+
+
+def test_a_repeated_offer_reserves_once() -> None:
+    """F39."""
+
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+
+        class Counting(FakeSink):
+            num_reserved = 0
+
+            def reserve(self) -> int | Room:
+                self.num_reserved += 1
+                return super().reserve()
+
+        source, sink = FakeSource(1), Counting(1)
+        pair.expect(sink, 40, b"a" * 16)
+        sender = pair.offer(source, 40, b"a" * 16)
+        sender.offer()
+        await until(lambda: sender.state is Send.GRANTED)
+        sender.computed(40)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is not None)
+        assert (source.outcome, sink.num_reserved) == (Outcome.RECEIVED, 1)
+        pair.assert_no_leaks()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("where", ["pack", "write", "block_sums", "reserve", "ready"])
+def test_a_bug_in_one_transfer_ends_that_one_alone(
+    transports: Callable[[], tuple[Transport, Transport]], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        pair = make_pair(transports())
+
+        def broken(*_args: object) -> Any:
+            raise ZeroDivisionError
+
+        bad_source, bad_sink, source, sink = FakeSource(1), FakeSink(1), FakeSource(2), FakeSink(2)
+        monkeypatch.setattr(bad_source if where == "pack" else bad_sink, where, broken)
+        for transfer_id, one_source, one_sink in ((b"a" * 16, bad_source, bad_sink), (b"b" * 16, source, sink)):
+            pair.expect(one_sink, 16 * 30, transfer_id)
+            sender = pair.offer(one_source, 16 * 30, transfer_id)
+            sender.computed(16 * 30)
+            sender.finish([TOKEN])
+        await until(lambda: source.outcome is not None and bad_source.outcome is not None)
+        assert source.outcome is Outcome.RECEIVED
+        sink.assert_right(30)
+        if where != "ready":  # said received before
+            assert bad_source.outcome is not Outcome.RECEIVED
+        await until(lambda: pair.prefill.num_open == pair.decode.num_open == 0)
+        await until(lambda: pair.prefill.num_held_slots == pair.decode.num_held_slots == 0)
+        pair.assert_no_leaks()
+        pair.prefill.close()
+        pair.decode.close()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "garbage", "empty", "another version"])
+def test_an_address_that_ucx_would_abort_on_is_an_error(damage: str) -> None:
+    ours, theirs = ucx_transports()
+    address = bytearray(theirs.address)
+    if damage == "cut":
+        del address[-5:]
+    elif damage == "flipped":
+        address[40] ^= 1
+    elif damage == "garbage":
+        address[:] = bytes(range(200))
+    elif damage == "empty":
+        address.clear()
+    else:
+        address[4] += 1
+    with pytest.raises(Mismatch if damage == "another version" else Unavailable):
+        ours.connect(bytes(address))
+    ours.connect(theirs.address)
 
 
 def test_messages_of_a_stale_incarnation_are_dropped() -> None:

@@ -19,7 +19,7 @@ LAYOUT = KvLayout("fp32", 6, 2, 64, 32)
 
 def fingerprint(weights: bytes = b"w" * 32, block_size: int = 32) -> Fingerprint:
     model = ModelDir(PICO)
-    return Fingerprint(weights, model.config_digest, model.tokenizer_digest, model.rope_digest, "plain", block_size)
+    return Fingerprint(weights, model.config_digest, model.tokenizer_digest, model.rope_digest(512), "plain", block_size)
 
 
 def make_hello(kind: str = "decode", name: str = "", **changes: Any) -> fleet_pb2.Hello:

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import grpc
@@ -14,8 +15,9 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
 
-from router.fleet import Fleet, check_hello, clamped
+from router.fleet import Fleet, check_hello, clamp
 from router.fleet_api import FleetService
+from router.placement import Demand, Placement, place
 from splitfire.core.errors import InvalidInput
 from splitfire.core.fingerprint import PROTOCOL_MAJOR
 from splitfire.core.model_dir import ModelDir
@@ -81,6 +83,22 @@ async def next_frame(call: Any) -> fleet_pb2.AttachResponse:
     return frame
 
 
+class Lost:
+    """An attempt that only notes who was lost."""
+
+    def __init__(self, lost: list[bytes]) -> None:
+        self._lost = lost
+
+    def on_output(self, incarnation: bytes, output: fleet_pb2.SequenceOutput) -> None: ...
+
+    def on_finished(self, incarnation: bytes, finished: fleet_pb2.Finished) -> None: ...
+
+    def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None: ...
+
+    def on_lost(self, incarnation: bytes) -> None:
+        self._lost.append(incarnation)
+
+
 def play(scene: Coroutine[object, object, None]) -> None:
     asyncio.run(asyncio.wait_for(scene, 30))
 
@@ -112,14 +130,16 @@ def test_only_who_has_the_token_may_join(metadata: tuple[tuple[str, str], ...]) 
     [
         ("role", 0), ("role", 9), ("worker_id", ""), ("worker_id", "x" * 129), ("worker_id", "a\nb"), ("incarnation", b"short"),
         ("capacity__total_blocks", 0), ("capacity__max_running", 0), ("capacity__max_context", 0), ("capacity__chunk_tokens", 2**31),
-        ("capacity__total_blocks", 2**32 - 1),
+        ("capacity__total_blocks", 2**32 - 1), ("host", "h" * 10_000), ("host", "a\nb"), ("fingerprint__weights", b"z"),
+        ("fingerprint__block_size", 0), ("fingerprint__block_size", 33), ("kv_format__block_size", 0), ("kv_format__block_size", 64),
+        ("fingerprint__weight_format", "x" * 10**6),
     ],
 )  # fmt: skip
 def test_a_hello_out_of_range_is_named(field: str, value: Any) -> None:
     """B54, B55."""
     with pytest.raises(InvalidInput) as caught:
         check_hello(make_hello(**changed(field, value)))
-    assert caught.value.field.split(".")[-1] == field.split("__")[-1]
+    assert caught.value.field.split(".")[-1] == field.split("__")[-1] or field == "kv_format__block_size"
 
 
 def test_transports_are_bounded() -> None:
@@ -165,7 +185,9 @@ def test_workers_that_do_not_match_one_another_are_not_mixed(field: str, value: 
         async with door() as at:
             FakeWorker(at.fleet, "prefill")
             call = at.stub.Attach(metadata=BEARER)
-            await call.write(fleet_pb2.AttachRequest(hello=make_hello(**changed(f"fingerprint__{field}", value))))
+            hello = make_hello(**changed(f"fingerprint__{field}", value))
+            hello.kv_format.block_size = hello.fingerprint.block_size
+            await call.write(fleet_pb2.AttachRequest(hello=hello))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
                 await call.read()
@@ -197,17 +219,62 @@ def test_a_stream_that_says_nothing_or_nonsense_is_ended(monkeypatch: pytest.Mon
     play(scene())
 
 
-def test_an_incarnation_attaches_once() -> None:
+@pytest.mark.parametrize("is_restart", [False, True])
+def test_who_attaches_again_takes_its_own_place(is_restart: bool) -> None:
+    """B56: a worker that dials again before the broken stream was noticed, or was restarted under its name."""
+
     async def scene() -> None:
         async with door() as at:
-            hello = make_hello()
-            call = await attach(at, hello)
-            with pytest.raises(grpc.aio.AioRpcError, match="attached already"):
-                again = at.stub.Attach(metadata=BEARER)
-                await again.write(fleet_pb2.AttachRequest(hello=hello))
-                await again.read()
-                raise AssertionError
+            lost: list[bytes] = []
+            hello = make_hello("decode", "d0")
+            old_call = await attach(at, hello)
+            peer = await attach(at, make_hello("prefill", "p0"))
+            assert (await next_frame(peer)).HasField("peer_up")
+            [old] = [w for w in at.fleet.workers if not w.is_prefill]
+            at.fleet.begin(Placement(None, old.incarnation), 10, Lost(lost))
+            again = make_hello("decode", "d0") if is_restart else hello
+            call = await attach(at, again)
+            assert lost == [old.incarnation]
+            assert (await next_frame(peer)).peer_gone.incarnation == hello.incarnation
+            assert (await next_frame(peer)).peer_up.peer.incarnation == again.incarnation
+            while await old_call.read() is not grpc.aio.EOF:
+                pass  # its stream is ended
+            assert [w.incarnation for w in at.fleet.workers if not w.is_prefill] == [again.incarnation]
+            assert [w for w in at.fleet.workers if not w.is_prefill] != [old]
             call.cancel()
+            peer.cancel()
+
+    play(scene())
+
+
+def test_a_report_of_an_incarnation_that_is_not_attached_is_told_to_attach_anew() -> None:
+    """B57."""
+
+    async def scene() -> None:
+        async with door() as at:
+            report = at.stub.Report(metadata=BEARER)
+            await report.write(fleet_pb2.ReportRequest(incarnation=b"nobody", load=fleet_pb2.Load(free_blocks=5)))
+            with pytest.raises(grpc.aio.AioRpcError, match="stale incarnation") as caught:
+                await report.read()
+                await report.read()
+            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+    play(scene())
+
+
+def test_a_report_that_falls_silent_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B43: the worker notices, and attaches anew."""
+    from splitfire.core import limits
+
+    monkeypatch.setattr(limits, "DEAD_AFTER_S", 0.2)
+
+    async def scene() -> None:
+        async with door() as at:
+            report = at.stub.Report(metadata=BEARER)
+            with pytest.raises(grpc.aio.AioRpcError, match="nothing was reported"):
+                await report.read()
+
+    play(scene())
 
     play(scene())
 
@@ -245,11 +312,8 @@ def test_frames_of_attempts_that_are_not_here_are_dropped() -> None:
                 fleet_pb2.AttachRequest(),
             ):
                 await call.write(frame)
-            report = at.stub.Report(metadata=BEARER)
-            await report.write(fleet_pb2.ReportRequest(incarnation=b"nobody", load=fleet_pb2.Load(free_blocks=5)))
-            await asyncio.sleep(0.1)
-            assert len(at.fleet.workers) == 1
-            report.cancel()
+            await attach(at, make_hello("prefill"))  # a round trip later, the frames have been read
+            assert len(at.fleet.workers) == 2
             call.cancel()
 
     play(scene())
@@ -258,9 +322,30 @@ def test_frames_of_attempts_that_are_not_here_are_dropped() -> None:
 def test_a_load_report_cannot_say_more_than_is_possible() -> None:
     """B58, F62."""
     lie = fleet_pb2.Load(total_blocks=10**6, free_blocks=10**6, prefill_tokens_per_s=math.nan, decode_tokens_per_s=math.inf)
-    honest = clamped(lie, 100)
-    assert (honest.total_blocks, honest.free_blocks) == (100, 100)
-    assert (honest.prefill_tokens_per_s, honest.decode_tokens_per_s) == (0.0, 0.0)
+    assert clamp(lie, 100)
+    assert (lie.total_blocks, lie.free_blocks) == (100, 100)
+    assert (lie.prefill_tokens_per_s, lie.decode_tokens_per_s) == (0.0, 0.0)
+    assert not clamp(lie, 100)
+
+
+def test_a_worker_that_lies_gets_work_only_when_there_is_nobody_else() -> None:
+    """B58, B61: three reports that cannot be true, or one breach of the protocol."""
+
+    async def scene() -> None:
+        fleet = Fleet(ModelDir(PICO), lambda: None)
+        liar, honest = FakeWorker(fleet, "decode", "d0"), FakeWorker(fleet, "decode", "d1")
+        demand = Demand(10, ends_with_first_token=False)
+        for _ in range(3):
+            assert not any(view.is_suspect for view in fleet.snapshot())
+            load = fleet_pb2.Load(free_blocks=10**6, total_blocks=100)
+            fleet.on_report(fleet_pb2.ReportRequest(incarnation=liar.handle.incarnation, load=load))
+        placed = {place(fleet.snapshot(), demand, "never", Random(seed)) for seed in range(20)}
+        assert placed == {Placement(None, honest.handle.incarnation)}
+        fleet.strike(honest.handle.incarnation, "worker_protocol_error")
+        placed = {place(fleet.snapshot(), demand, "never", Random(seed)) for seed in range(40)}
+        assert len(placed) == 2, "never the last of a role"
+
+    play(scene())
 
 
 def test_a_worker_that_does_not_read_its_stream_is_dropped() -> None:

@@ -46,6 +46,20 @@ class Desk:
         choice = Choice(plan, 0, asyncio.Event())
         return Asked(choice, asyncio.create_task(self.flow.run(choice)))
 
+    def report_free(self, free_blocks: int) -> None:
+        for worker in self.decodes:
+            load = fleet_pb2.Load(total_blocks=100, free_blocks=free_blocks)
+            self.fleet.on_report(fleet_pb2.ReportRequest(incarnation=worker.handle.incarnation, load=load))
+
+    async def ask_and_place(self) -> Asked:
+        """A request that has just got its place after waiting; the flow itself has not had its turn yet."""
+        self.report_free(0)
+        asked = self.ask(max_tokens=2)
+        await until(lambda: self.admission.num_queued == 1)
+        self.report_free(100)
+        assert self.admission.num_running == 1
+        return asked
+
     def assert_nothing_left(self) -> None:
         for worker in (*self.prefills, *self.decodes):
             assert not worker.handle.attempts
@@ -156,6 +170,8 @@ def test_a_worker_that_breaks_the_protocol_loses_the_attempt(offset: int, ids: l
         d.finish(second.attempt, LENGTH)
         await asked.task
         assert asked.choice.ids == [7, 8, 9, 10, 11]
+        assert d.handle.strikes == 1
+        assert d.handle.view(time.monotonic()).is_suspect
         desk.assert_nothing_left()
 
     play(scene())
@@ -259,6 +275,128 @@ def test_the_last_decode_worker_dying_says_what_is_missing() -> None:
         assert (error.code, error.reason, error.is_retryable) == (Code.UNAVAILABLE, "no_decode", True)
         assert asked.choice.state is Req.FAILED
         desk.assert_nothing_left()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("who", ["prefill", "decode", "both"])
+def test_a_worker_that_dies_between_placement_and_dispatch_leaves_no_orphan(who: str) -> None:
+    async def scene() -> None:
+        desk = Desk(prefills=2, decodes=2)
+        asked = await desk.ask_and_place()
+        [p] = [w for w in desk.prefills if w.handle.attempts]
+        [d] = [w for w in desk.decodes if w.handle.attempts]
+        survivors = [*desk.prefills, *desk.decodes]
+        for worker, is_dead in ((p, who != "decode"), (d, who != "prefill")):
+            if is_dead:
+                worker.die()
+                survivors.remove(worker)
+        other_p, submit = await dispatched(*[w for w in survivors if w in desk.prefills])
+        other_d = next(w for w in survivors if submit.attempt in w.handle.attempts and w in desk.decodes)
+        assert submit.HasField("handoff")
+        other_p.output(submit.attempt, 0, [7])
+        other_d.output(submit.attempt, 0, [7, 8])
+        other_d.finish(submit.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8]
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_all_workers_dying_between_placement_and_dispatch_is_an_honest_refusal() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        asked = await desk.ask_and_place()
+        for worker in (*desk.prefills, *desk.decodes):
+            worker.die()
+        error = await asked.refusal()
+        assert (error.code, error.reason) == (Code.UNAVAILABLE, "no_decode")
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_the_next_attempt_goes_to_another_worker() -> None:
+    """A worker that refuses fast is always the least loaded one."""
+
+    async def scene() -> None:
+        for _ in range(10):
+            desk = Desk(prefills=0, decodes=2)
+            asked = desk.ask(max_tokens=1)
+            d, submit = await dispatched(*desk.decodes)
+            d.refuse(submit.attempt)
+            other, again = await dispatched(*desk.decodes)
+            assert other is not d
+            other.output(again.attempt, 0, [7])
+            other.finish(again.attempt, LENGTH)
+            await asked.task
+
+    play(scene())
+
+
+def test_a_hand_off_that_failed_is_tried_with_another_pair() -> None:
+    async def scene() -> None:
+        for _ in range(5):
+            desk = Desk(prefills=2, decodes=2)
+            asked = desk.ask()
+            p, first = await dispatched(*desk.prefills)
+            [d] = [w for w in desk.decodes if first.attempt in w.handle.attempts]
+            p.refuse(first.attempt, "handoff_aborted")
+            other_p, again = await dispatched(*desk.prefills)
+            [other_d] = [w for w in desk.decodes if again.attempt in w.handle.attempts]
+            assert other_p is not p
+            assert other_d is not d
+            asked.task.cancel()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("when", ["while it waits", "while it is placed again"])
+def test_a_stop_string_found_after_a_death_ends_the_answer(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow client's text catches up after the worker died: there is nothing left to compute."""
+
+    async def scene() -> None:
+        desk = Desk(prefills=0, decodes=2)
+        asked = desk.ask()
+        d, submit = await dispatched(*desk.decodes)
+        d.output(submit.attempt, 0, [7, 8])
+        d.die()
+        if when == "while it is placed again":
+            await until(lambda: asked.choice.state in (Req.ADMITTED, Req.DISPATCHED))
+        asked.choice.stop()
+        await asked.task
+        assert asked.choice.finish_reason == STOP
+        assert asked.choice.state is Req.DONE
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+@pytest.mark.parametrize(("code", "expected"), [(3, Code.INVALID_ARGUMENT), (9, Code.FAILED_PRECONDITION), (0, Code.INTERNAL)])
+def test_a_workers_final_word_keeps_its_code(code: int, expected: Code) -> None:
+    async def scene() -> None:
+        desk = Desk(prefills=0, decodes=1)
+        asked = desk.ask()
+        d, submit = await dispatched(*desk.decodes)
+        d.refuse(submit.attempt, "exceeds_context", retryable=False, code=code)
+        assert (await asked.refusal()).code is expected
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_a_full_decode_pool_is_waited_for_at_the_router() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        [p] = desk.prefills
+        desk.report_free(2)
+        asked = desk.ask()
+        await until(lambda: desk.admission.num_queued == 1)
+        assert not p.submits()
+        desk.report_free(3)
+        await dispatched(p)
+        asked.task.cancel()
 
     play(scene())
 

@@ -16,7 +16,15 @@ DEMAND = Demand(num_tokens=100, ends_with_first_token=False)
 
 def view(name: str, *, running: int = 0, queued: int = 0, can_take: bool = True, max_running: int = 4) -> WorkerView:
     return WorkerView(
-        name.encode(), name.startswith("p"), can_take, running, queued, max_running, chunk_tokens=256, free_blocks=100
+        name.encode(),
+        name.startswith("p"),
+        can_take,
+        running,
+        queued,
+        max_running,
+        chunk_tokens=256,
+        block_size=32,
+        free_blocks=100,
     )
 
 

@@ -213,6 +213,24 @@ def test_a_first_token_that_ends_the_request_withdraws_the_transfer(llama: Path)
     play(scene())
 
 
+def test_a_withdrawn_hand_off_is_no_failure_at_decode(llama: Path) -> None:
+    """Decode must not refuse what prefill finishes: the router might hear the refusal first."""
+    model = load_model(llama)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model), make_engine(model))
+        [prompt] = prompts("withdrawn", (100,))
+        first = rig.ask(prompt, 1)
+        await until(lambda: first.end is not None)
+        answer = rig.ask(prompt, 9, stop=frozenset(first.ids()))
+        await until(lambda: answer.end is not None)
+        await rig.settle()
+        assert answer.refusals == []
+        rig.close()
+
+    play(scene())
+
+
 @pytest.mark.parametrize("turns", [0, 1, 3, 6, 10, 15, 25, 40, 80])
 def test_cancel_at_any_time_frees_everything(llama: Path, turns: int) -> None:
     """F46: whatever stage it is in, both workers hold nothing afterwards, and its batch mate never notices."""

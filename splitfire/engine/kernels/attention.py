@@ -108,6 +108,8 @@ def _attend_decodes(q: Tensor, cache: Tensor, batch: DecodeBatch, scale: float, 
     if window is not None:
         seen &= positions >= batch.context_lens[:, None] - window
     scores.masked_fill_(~seen[:, None, None, :], float("-inf"))
+    # Padding and the unwritten end of a block are somebody else's: a weight of zero does not hide a NaN there.
+    values.masked_fill_(~seen[:, None, :, None], 0.0)
     return torch.matmul(scores.softmax(-1), values).reshape(num_rows, num_heads, head_dim)
 
 

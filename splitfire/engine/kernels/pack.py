@@ -29,7 +29,7 @@ def pack(
     """Gathers blocks over all layers into `payload`, converting."""
     wire = payload.view(TORCH_DTYPES[dtype]).view(len(block_ids), *pool.layout.block_shape)
     ids = torch.tensor(block_ids, device=pool.data.device)
-    if wire.dtype == pool.data.dtype:
+    if wire.dtype == pool.data.dtype and pool.data.device == wire.device:
         torch.index_select(pool.data, 0, ids, out=wire)
     else:
         wire.copy_(pool.data[ids])
