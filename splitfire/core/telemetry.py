@@ -150,8 +150,8 @@ def _is_trace(path: Path) -> bool:
     """Whether it ends as our files do; what follows is written over that end."""
     with path.open("rb") as file:
         begin = file.read(2)
-        file.seek(-2, os.SEEK_END)
-        return begin == b"[\n" and file.read(2) == b"\n]"
+        file.seek(max(2, path.stat().st_size - 2))
+        return begin == b"[\n" and file.read() == b"\n]"
 
 
 def _check_endpoint(endpoint: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from splitfire.core import limits
 from splitfire.core.errors import ConfigError
 from splitfire.core.settings import (
     RouterSettings,
@@ -20,6 +22,7 @@ from splitfire.core.settings import (
     parse_settings,
     read_secret,
 )
+from tests.checkpoints import PICO
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +84,37 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     assert "did you mean SPLITFIRE_BLOCK_SIZE?" in refusal(WorkerSettings)
 
 
-@pytest.mark.parametrize("flags", [["--host=0.0.0.0"], ["--worker-host=0.0.0.0"], ["--host=::"]])
-def test_an_address_others_can_reach_needs_consent(flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        (RouterSettings, ["--host=0.0.0.0"]),
+        (RouterSettings, ["--worker-host=0.0.0.0", "--fleet-token-file=x"]),
+        (RouterSettings, ["--host=::"]),
+        (WorkerSettings, ["--status-host=0.0.0.0"]),
+        (WorkerSettings, ["--ucx-devices=all"]),
+        (WorkerSettings, ["--ucx-devices=eth0"]),
+    ],
+)
+def test_an_address_others_can_reach_needs_consent(kind: type[WorkerSettings] | type[RouterSettings], flags: list[str]) -> None:
     """B112."""
-    assert "--insecure" in refusal(RouterSettings, *flags)
-    assert parse_settings(RouterSettings, [*flags, "--insecure"], prog="router").insecure
+    assert "--insecure" in refusal(kind, *flags)
+    assert parse_settings(kind, [*flags, "--insecure"], prog="x").insecure
+
+
+def test_one_port_for_two_services_is_refused() -> None:
+    """B113."""
+    assert "port and worker_port are both 7070" in refusal(RouterSettings, "--worker-port=7070")
+    assert parse_settings(RouterSettings, ["--port=0", "--worker-port=0"], prog="router").port == 0
+
+
+def test_limits_that_depend_on_one_another_fit() -> None:
+    """B108: relations between the constants of limits.py."""
+    assert limits.KEEPALIVE_TIMEOUT_S < limits.KEEPALIVE_TIME_S
+    assert 2 * limits.REPORT_EVERY_S < limits.SUSPECT_AFTER_S < limits.DEAD_AFTER_S
+    assert limits.QUEUE_TTL_S <= limits.DEFAULT_DEADLINE_S <= limits.MAX_DEADLINE_S
+    assert limits.OFFER_PARKED_S < limits.GRANT_WAIT_S < limits.HOLD_S
+    assert worker("--role=prefill").grace_s > limits.HOLD_S
+    assert 4 * limits.MAX_POSITIONS <= limits.MAX_QUEUED_BYTES
 
 
 def test_values_for_people() -> None:
@@ -108,14 +137,21 @@ def test_secret_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="others can read it"):
         read_secret(path)
     path.chmod(0o600)
-    path.write_text("")
-    with pytest.raises(ConfigError, match="16 to 4096"):
-        read_secret(path)
+    path.write_bytes(b"s" * 32 + b"\r\n")
+    assert read_secret(path) == b"s" * 32
+    word = b"hunter2"
+    for bad in (b"", word, word * 4 + b"\n" + word, word * 4 + b"\0", (word + b" ") * 4, word * 4 + "é".encode(), word * 1000):
+        path.write_bytes(bad)
+        with pytest.raises(ConfigError, match="16 to 4096") as caught:
+            read_secret(path)
+        assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("module", "flags", "says"),
     [
+        ("router", ["--trace-file=/nowhere/trace.json"], "trace_file /nowhere/trace.json: No such file"),
+        ("router", ["--model-name=" + "x" * 200], "model_name"),
         ("router", ["--port=x"], "port"),
         ("router", ["--model=/nowhere"], "/nowhere"),
         ("splitfire.worker", ["--kv-memory=1MiB"], "--kv-memory"),
@@ -132,6 +168,57 @@ def test_a_service_that_cannot_start_says_so_in_one_line(module: str, flags: lis
     assert len(lines) == 1
     assert says in lines[0]
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "content", "says"),
+    [
+        ("router", "config.json", b"{", "config.json: line 1 column 2"),
+        ("splitfire.worker", "config.json", b"{", "config.json: line 1 column 2"),
+        ("splitfire.worker", "model.safetensors", b"abc", "model.safetensors: is 3 bytes long"),
+        ("router", "chat_template.jinja", b"\xff", "chat_template.jinja: is not UTF-8"),
+        ("router", "tokenizer.json", b"{}", "tokenizer.json: "),
+        (
+            "router",
+            "chat_template.jinja",
+            b"{{ 1 / 0 }}",
+            "chat_template: the model's chat template fails on it: ZeroDivisionError",
+        ),
+    ],
+)
+def test_a_damaged_model_stops_every_service_with_one_line(
+    module: str, name: str, content: bytes, says: str, tmp_path: Path
+) -> None:
+    """Group D as an operator sees it: exit 2, one line, no traceback."""
+    model = Path(shutil.copytree(PICO, tmp_path / "model"))
+    (model / name).write_bytes(content)
+    command = [sys.executable, "-m", module, f"--model={model}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("splitfire: ")]
+    assert (ended.returncode, len(lines)) == (2, 1), ended.stderr
+    assert says in lines[0]
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("environment", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"TZ": "Nowhere/Odd"}, {"PYTHONOPTIMIZE": "1"}])
+def test_an_odd_environment_changes_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    """B118, B116."""
+    path = tmp_path / "näh"
+    command = [sys.executable, "-m", "router", f"--model={path}"]
+    ended = subprocess.run(command, capture_output=True, timeout=60, check=False, env={**os.environ, **environment})
+    assert ended.returncode == 2
+    assert b"Traceback" not in ended.stderr
+    assert b"No such file or directory" in ended.stderr
+
+
+def test_the_slow_protobuf_parser_is_refused() -> None:
+    """B116: it has no limit on nesting."""
+    environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "router"], capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
+    assert ended.returncode == 2
+    assert "accepted: upb" in ended.stderr
 
 
 def test_the_page_of_settings_is_printed_from_them() -> None:

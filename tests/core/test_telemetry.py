@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from splitfire.core.errors import ConfigError
 from splitfire.core.telemetry import Telemetry
 
 
@@ -55,3 +56,25 @@ def test_a_collector_that_is_down_does_not_hold_up_anything(monkeypatch: pytest.
     began = time.perf_counter()
     telemetry.shutdown()
     assert time.perf_counter() - began < 3.0
+
+
+def test_a_trace_file_that_holds_something_else_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    for content in ("precious data", '{"a": 1}', "x"):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match="holds something else"):
+            Telemetry("test", path)
+        assert path.read_text() == content
+
+
+def test_a_trace_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        Telemetry("test", tmp_path / "nowhere" / "trace.json")
+
+
+@pytest.mark.parametrize("endpoint", ["ftp://x:1", "http://", "http://x:99999", "http://x:abc", "::"])
+def test_a_collectors_address_that_is_none_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B115."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+    with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_ENDPOINT: is"):
+        Telemetry("test", None)

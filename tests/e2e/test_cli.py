@@ -67,7 +67,7 @@ def test_a_refused_request_is_one_line(pico: RunningFleet) -> None:
     ran = splitfire("generate", "x", "--server", pico.address, "--temperature=-1")
     assert ran.returncode == 1
     assert (
-        ran.stderr.strip() == "splitfire: sampling.temperature: is -1, accepted: 0 to 100 (INVALID_ARGUMENT, invalid_temperature)"
+        ran.stderr.strip() == "splitfire: sampling.temperature: is -1.0, accepted: 0 to 100 (INVALID_ARGUMENT, invalid_temperature)"
     )
 
 

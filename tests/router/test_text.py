@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -20,7 +22,7 @@ from router import text as text_module
 from router.text import TextPool, TextStream
 from router.text_worker import BadInput, TextEngine
 from splitfire.core import limits
-from splitfire.core.errors import ModelError, SplitfireError
+from splitfire.core.errors import InvalidInput, ModelError, SplitfireError
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.validation import ChatTurn
 from tests.checkpoints import PICO
@@ -120,6 +122,37 @@ def test_a_template_that_cannot_be_used_is_refused_at_start(model: Path, templat
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_that_breaks_on_one_conversation_serves_the_next(model: Path) -> None:
+    """B31: at run time as well, output is bounded, and whatever a template raises is the caller's error."""
+    template = "{% for m in messages %}{% if 'boom' in m.content %}{{ 'x' * 10 ** 10 }}{% elif 'zero' in m.content %}{{ 1 // 0 }}"
+    engine_model = with_template(model, template + "{% endif %}{{ m.content }}{% endfor %}")
+
+    async def scene() -> None:
+        pool = TextPool(engine_model)
+        await pool.start()
+        for text in ("boom", "zero"):
+            with pytest.raises(InvalidInput) as caught:
+                await pool.encode_chat((ChatTurn("user", text),))
+            assert caught.value.field == "messages"
+        assert await pool.encode_chat((ChatTurn("user", "fine"),))
+        await pool.close()
+
+    play(scene())
+
+
+def test_a_tokenizer_process_that_dies_is_replaced_and_nobody_notices() -> None:
+    async def scene() -> None:
+        pool = TextPool(ModelDir(PICO))
+        await pool.start()
+        expected = await pool.encode("hello")
+        for _ in range(2):
+            os.kill(pool._idle._queue[0]._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            assert await pool.encode("hello") == expected
+        await pool.close()
+
+    play(scene())
+
+
 def test_what_a_template_refuses_is_the_callers_error(model: Path) -> None:
     engine = TextEngine(with_template(model, "{% if messages|length > 3 %}{{ raise_exception('too many turns') }}{% endif %}x"))
     with pytest.raises(BadInput, match="too many turns"):
@@ -133,6 +166,8 @@ def test_what_a_template_refuses_is_the_callers_error(model: Path) -> None:
         lambda t: t["model"]["vocab"].update({"zzz": 5000}),
         lambda t: t.pop("model"),
         lambda t: t["pre_tokenizer"].update(type="Split", pattern={"Regex": "("}, behavior="Isolated", invert=False),
+        lambda t: t["pre_tokenizer"].update(type="Split", pattern={"Regex": "(a+)+$"}, behavior="Isolated", invert=False),
+        lambda t: t["model"]["vocab"].update({"zzz": 300}),
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_refused(model: Path, damage: object) -> None:
