@@ -205,6 +205,13 @@ class Fleet:
             worker.suspect_until = time.monotonic() + limits.SUSPECT_FOR_S
         log.warning("worker is wrong", worker_id=worker.hello.worker_id, reason=reason, strikes=worker.strikes)
 
+    def drop_silent(self) -> None:
+        """Ends the streams of workers that have not reported for DEAD_AFTER_S: frozen, or cut off without a word."""
+        for worker in self._workers.values():
+            if time.monotonic() - worker.reported_at > limits.DEAD_AFTER_S and not worker.is_gone.is_set():
+                log.warning("worker does not report", worker_id=worker.hello.worker_id, limit_s=limits.DEAD_AFTER_S)
+                worker.is_gone.set()
+
     def on_report(self, report: fleet_pb2.ReportRequest) -> None:
         """Mismatch when the worker is not attached, or not any more: it should attach anew."""
         worker = self._workers.get(report.incarnation)

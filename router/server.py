@@ -161,6 +161,7 @@ class RouterServer:
                 async with asyncio.timeout(TICK_S):
                     await self._changed.wait()
             self._changed.clear()
+            self._fleet.drop_silent()
             self._admission.pump()
             await self._tell_health()
             if self._is_draining and self._api.num_active == 0:

@@ -288,7 +288,7 @@ def _become(module: str, arguments: list[str]) -> None:
 
 def main() -> None:
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)  # a typer.Exit comes back as its code
     except ConfigError as exc:
         sys.exit(exit_with(exc))
     except ServerError as exc:
@@ -296,8 +296,6 @@ def main() -> None:
         sys.exit(1)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except typer.Exit as exc:
-        sys.exit(exc.exit_code)
     except typer._click.exceptions.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)

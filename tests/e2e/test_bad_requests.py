@@ -6,10 +6,9 @@ one from each kind of the others to see its status on the wire. HTTP rows (B47-B
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import pytest
 
 from splitfire.core import limits
 from splitfire.v1 import inference_pb2 as pb
+from tests.core.test_validation import BAD
 from tests.e2e.fleets import PROMPT, Refusal, RunningFleet, greedy, refusal_of, start_fleet, until
 
 INVALID, EXHAUSTED, UNIMPLEMENTED = (
@@ -27,7 +27,6 @@ INVALID, EXHAUSTED, UNIMPLEMENTED = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
 )
-METHOD = "/splitfire.v1.Inference/Generate"
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +34,29 @@ def a_batch_mate_never_notices(pico: RunningFleet) -> Iterator[None]:
     """A long request runs beside every bad one; its tokens are what they are alone."""
     if not hasattr(pico, "expected_mate"):
         pico.expected_mate = pico.ids(count=60)  # type: ignore[attr-defined]
-    results: list[list[int]] = []
-    mate = threading.Thread(target=lambda: results.append(pico.ids(count=60)))
-    mate.start()
+    mate = Mate(pico, count=60)
     yield
-    mate.join(60)
-    assert results == [pico.expected_mate]  # type: ignore[attr-defined]
+    assert mate.ids() == pico.expected_mate  # type: ignore[attr-defined]
+
+
+class Mate:
+    """A request that is in the middle of its answer when the constructor returns."""
+
+    def __init__(self, pico: RunningFleet, count: int) -> None:
+        self._ids: list[int] = []
+        self._has_begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(pico, count))
+        self._thread.start()
+        assert self._has_begun.wait(30)
+
+    def ids(self) -> list[int]:
+        self._thread.join(60)
+        return self._ids
+
+    def _run(self, pico: RunningFleet, count: int) -> None:
+        for response in pico.stub.Generate(greedy(count=count), timeout=60):
+            self._ids += response.token_ids
+            self._has_begun.set()
 
 
 def refused(pico: RunningFleet, request: pb.GenerateRequest, **call: Any) -> Refusal:
@@ -54,9 +70,11 @@ def refused(pico: RunningFleet, request: pb.GenerateRequest, **call: Any) -> Ref
     return refusal
 
 
-def raw(pico: RunningFleet, data: bytes) -> grpc.RpcError:
+def raw(pico: RunningFleet, data: bytes, method: str = "Generate") -> grpc.RpcError:
     """Bytes in place of a message."""
-    call = pico.channel.unary_stream(METHOD, request_serializer=lambda b: b, response_deserializer=lambda b: b)
+    call = pico.channel.unary_stream(
+        f"/splitfire.v1.Inference/{method}", request_serializer=lambda b: b, response_deserializer=lambda b: b
+    )
     with pytest.raises(grpc.RpcError) as caught:
         list(call(data, timeout=30))
     return caught.value
@@ -94,6 +112,30 @@ def test_errors_carry_code_reason_and_field(
     assert refusal.metadata["retryable"] == "false"
 
 
+def test_every_bad_field_at_once_beside_a_running_request(pico: RunningFleet) -> None:
+    """P6: all rows of the validator's table over the wire, and requests at the edges of what is accepted, while one streams."""
+    expected = pico.ids(count=400)
+    mate = Mate(pico, 400)
+    for name, message, field in BAD:
+        assert refused(pico, message).field == field, name
+    edges = pb.SamplingParams(
+        temperature=100.0, repetition_penalty=5e-324, presence_penalty=2.0, frequency_penalty=-2.0, seed=2**63 - 1, top_p=5e-324,
+        logit_bias={i: (-100.0 if i % 2 else 100.0) for i in range(300)}, logprobs=20,
+    )  # fmt: skip
+    for sampling in (edges, pb.SamplingParams(temperature=5e-324), pb.SamplingParams(min_p=1.0, top_k=1, repetition_penalty=100.0)):
+        request = greedy(count=20)
+        request.sampling.CopyFrom(sampling)
+        assert len(pico.generate(request)[0].ids) == 20
+    assert mate.ids() == expected
+
+
+def test_refusals_name_the_request(pico: RunningFleet) -> None:
+    """The error contract: the client's own id if it can be used, one that was drawn if not."""
+    assert refused(pico, greedy(request_id="mine", n=99)).metadata["request_id"] == "mine"
+    assert len(refused(pico, greedy(n=99)).metadata["request_id"]) == 24
+    assert len(refused(pico, greedy(request_id="a\nb")).metadata["request_id"]) == 24
+
+
 def test_refusals_are_fast(pico: RunningFleet) -> None:
     """P17."""
     times = []
@@ -128,9 +170,10 @@ def test_a_message_that_unpacks_over_the_limit_is_refused(pico: RunningFleet) ->
     ],
 )
 def test_bytes_that_are_no_message(pico: RunningFleet, data: bytes) -> None:
-    refusal = refusal_of(raw(pico, data))
-    assert refusal.code is INVALID
-    assert refusal.reason in ("invalid_message", "invalid_unknown_field")
+    for method in ("Generate", "Tokenize", "ListModels", "GetFleet"):
+        refusal = refusal_of(raw(pico, data, method))
+        assert refusal.code is INVALID, method
+        assert refusal.reason in ("invalid_message", "invalid_unknown_field")
 
 
 def test_fields_nobody_knows_are_refused(pico: RunningFleet) -> None:
@@ -201,11 +244,9 @@ def test_other_protocols_on_the_port_are_closed(pico: RunningFleet, data: bytes)
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(data)
         connection.settimeout(10)
-        try:
+        with contextlib.suppress(ConnectionResetError):
             while connection.recv(4096):
-                pass
-        except (ConnectionResetError, TimeoutError):
-            pass
+                pass  # until it is closed; a timeout fails the test
 
 
 def http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
@@ -264,16 +305,23 @@ def test_tokenize_checks_like_generate(pico: RunningFleet) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+
+
+def test_reflection_is_on_for_loopback(pico: RunningFleet) -> None:
+    reflect = pico.channel.stream_stream(REFLECT, lambda b: b, lambda b: b)
+    [answer] = list(reflect(iter([b"\x3a\x00"]), timeout=5))  # list_services
+    assert b"splitfire.v1.Inference" in answer
+    assert b"splitfire.v1.Fleet" not in answer
+
+
 def test_reflection_is_off_when_the_operator_says_so(pico: RunningFleet) -> None:
     """B50, S6."""
-    from pathlib import Path
-
     with start_fleet("pico", prefill=0, router=("--no-reflection",)) as fleet:
-        curl = [str(Path(sys.executable).parent / "buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", "{}"]
-        ran = subprocess.run(
-            [*curl, f"http://{fleet.address}/splitfire.v1.Inference/ListModels"], capture_output=True, text=True, check=False
-        )
-        assert ran.returncode != 0
+        reflect = fleet.channel.stream_stream(REFLECT, lambda b: b, lambda b: b)
+        with pytest.raises(grpc.RpcError) as refused_reflection:
+            list(reflect(iter([b"\x3a\x00"]), timeout=5))
+        assert refused_reflection.value.code() is UNIMPLEMENTED
         attach = fleet.channel.unary_unary("/splitfire.v1.Fleet/Attach", lambda b: b, lambda b: b)
         with pytest.raises(grpc.RpcError) as caught:
             attach(b"", timeout=5)

@@ -243,6 +243,22 @@ def test_workers_clean_up_when_the_router_is_killed_and_attach_to_the_next_one()
         assert len(fleet.ids(count=5)) == 5
 
 
+def test_a_worker_that_was_frozen_is_given_up_and_used_again_when_it_wakes() -> None:
+    """F13: its peers were told that it is gone; the same process, the same incarnation, is there again."""
+    with start_fleet("pico") as fleet:
+        expected = fleet.ids(count=5)
+        decode = fleet.process("decode-0")
+        decode.suspend()
+        try:
+            until(lambda: len(fleet.status().workers) == 1, 30)
+        finally:
+            decode.resume()
+        until(lambda: len(fleet.status().workers) == 2, 30)
+        answer = fleet.generate(greedy(PROMPT, 5))[0]
+        assert answer.ids == expected
+        fleet.assert_no_leaks()
+
+
 def _watched(fleet: RunningFleet) -> bool:
     fleet.fleet.watch()
     try:
@@ -304,6 +320,31 @@ def test_up_says_what_is_ready_and_ctrl_c_ends_everything() -> None:
     up.send_signal(signal.SIGINT)
     up.communicate(timeout=20)
     until(lambda: all_gone(family), 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_starting_ends_quietly(number: int) -> None:
+    process = subprocess.Popen([*SPLITFIRE, "up", "pico", "--port=0"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    until(lambda: bool(psutil.Process(process.pid).children()), 30)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    until(lambda: not any(child.is_running() for child in children), 10)
+
+
+def test_services_work_without_asserts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B116: nothing from outside is checked by an assert, nothing needed happens inside one."""
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    with start_fleet("pico") as fleet:
+        answer = fleet.generate(greedy(PROMPT, 8))[0]
+        assert len(answer.ids) == 8
+        assert answer.summary.kv_transfer.bytes
+        with pytest.raises(grpc.RpcError) as caught:
+            fleet.ids(count=10**6)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        fleet.assert_no_leaks()
 
 
 def test_a_killed_supervisor_takes_its_children_along() -> None:
