@@ -1,15 +1,13 @@
-"""The one validator. Every front sends requests through `check_request`; every worker checks again what a router sends.
+"""The one validator. Every front sends requests through `check_request`; every worker checks the numbers again (`ranges.py`).
 
-A front that does not speak protobuf builds the same message first, so no range is written down twice. Bounds live in
-`limits.py`. What is not built yet is Unsupported by name, and unknown fields are refused, so nothing a client asks for
+A front that does not speak protobuf builds the same message first, so no range is written down twice. What is not built yet is Unsupported by name, and unknown fields are refused, so nothing a client asks for
 is ever silently ignored.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
@@ -18,6 +16,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from splitfire.core import limits
 from splitfire.core.errors import ExceedsContext, ExceedsPool, Forbidden, InvalidInput, NotFound, Unsupported
 from splitfire.core.model_config import GenerationDefaults
+from splitfire.core.ranges import check_sampling, check_token_ids, require
 from splitfire.core.sampling import SamplingParams, StopParams, TokenBias
 from splitfire.v1 import inference_pb2 as pb
 
@@ -82,7 +81,7 @@ def check_request(request: pb.GenerateRequest, model: ModelLimits) -> ValidReque
     _refuse_unsupported(request)
     text, token_ids, messages = _check_prompt(request, model)
     n = request.n if request.HasField("n") else 1
-    _require(1 <= n <= limits.MAX_N, "n", n, f"1 to {limits.MAX_N}")
+    require(1 <= n <= limits.MAX_N, "n", n, f"1 to {limits.MAX_N}")
     _check_metadata(request.metadata)
     _check_name("session_id", request.session_id, limits.MAX_SESSION_ID_CHARS)
     return ValidRequest(
@@ -101,9 +100,7 @@ def check_request(request: pb.GenerateRequest, model: ModelLimits) -> ValidReque
 
 def check_tokenize_request(request: pb.TokenizeRequest, model: ModelLimits) -> None:
     """Exactly one of `text` and `messages`, neither empty."""
-    _require(
-        len(request.messages) <= limits.MAX_MESSAGES, "messages", len(request.messages), f"1 to {limits.MAX_MESSAGES} messages"
-    )
+    require(len(request.messages) <= limits.MAX_MESSAGES, "messages", len(request.messages), f"1 to {limits.MAX_MESSAGES} messages")
     refuse_unknown_fields(request)
     check_model(request.model, model)
     if request.HasField("text") and request.messages:
@@ -129,58 +126,11 @@ def check_messages(messages: Sequence[pb.ChatMessage], model: ModelLimits) -> tu
     """Chat messages for a model that has a template."""
     if not model.has_chat_template:
         raise InvalidInput("messages", f"{model.name} has no chat template; send text or prompt_token_ids")
-    _require(1 <= len(messages) <= limits.MAX_MESSAGES, "messages", len(messages), f"1 to {limits.MAX_MESSAGES} messages")
+    require(1 <= len(messages) <= limits.MAX_MESSAGES, "messages", len(messages), f"1 to {limits.MAX_MESSAGES} messages")
     for i, message in enumerate(messages):
         if message.role not in ROLES:
             raise InvalidInput(f"messages[{i}].role", f"is {_shown(message.role)}, accepted: {', '.join(ROLES)}")
     return tuple(ChatTurn(m.role, m.content) for m in messages)
-
-
-def check_token_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
-    for i, token_id in enumerate(ids):
-        if not 0 <= token_id < vocab_size:
-            raise InvalidInput(f"{field}[{i}]", f"is {token_id}, outside 0..{vocab_size - 1}")
-
-
-def check_sampling(params: SamplingParams, vocab_size: int) -> None:
-    """Every number in range and finite, whoever sent it."""
-    _number("sampling.temperature", params.temperature, 0.0, limits.MAX_TEMPERATURE)
-    _number("sampling.top_p", params.top_p, 0.0, 1.0, open_low=True)
-    _number("sampling.min_p", params.min_p, 0.0, 1.0)
-    _number("sampling.repetition_penalty", params.repetition_penalty, 0.0, limits.MAX_REPETITION_PENALTY, open_low=True)
-    _number("sampling.presence_penalty", params.presence_penalty, -limits.MAX_PENALTY, limits.MAX_PENALTY)
-    _number("sampling.frequency_penalty", params.frequency_penalty, -limits.MAX_PENALTY, limits.MAX_PENALTY)
-    _require(0 <= params.top_k <= vocab_size, "sampling.top_k", params.top_k, "-1 and 0 (off), or 1 and more")
-    _require(0 <= params.seed <= limits.MAX_SEED, "sampling.seed", params.seed, f"0 to {limits.MAX_SEED}")
-    _require(
-        len(params.logit_bias) <= limits.MAX_LOGIT_BIAS,
-        "sampling.logit_bias",
-        len(params.logit_bias),
-        f"{limits.MAX_LOGIT_BIAS} entries",
-    )
-    for entry in params.logit_bias:
-        if not 0 <= entry.token_id < vocab_size:
-            raise InvalidInput("sampling.logit_bias", f"has token id {entry.token_id}, outside 0..{vocab_size - 1}")
-        _number("sampling.logit_bias", entry.bias, -limits.MAX_BIAS, limits.MAX_BIAS)
-    if params.logprobs is not None:
-        _require(
-            0 <= params.logprobs <= min(limits.MAX_LOGPROBS, vocab_size),
-            "sampling.logprobs",
-            params.logprobs,
-            f"0 to {limits.MAX_LOGPROBS}",
-        )
-
-
-def check_stopping(stopping: StopParams, vocab_size: int) -> None:
-    """A worker's check of what a router resolved."""
-    _require(1 <= stopping.max_tokens <= limits.MAX_POSITIONS, "stopping.max_tokens", stopping.max_tokens, "1 and more")
-    _require(
-        0 <= stopping.min_tokens <= stopping.max_tokens,
-        "stopping.min_tokens",
-        stopping.min_tokens,
-        f"0 to max_tokens = {stopping.max_tokens}",
-    )
-    check_token_ids("stopping.stop_token_ids", stopping.stop_token_ids, vocab_size)
 
 
 def resolve_stopping(stopping: StopRequest, num_prompt: int, model: ModelLimits) -> StopParams:
@@ -211,12 +161,10 @@ def _check_counts(request: pb.GenerateRequest, model: ModelLimits) -> None:
     num_ids, num_biases = len(request.prompt_token_ids), len(request.sampling.logit_bias)
     if num_ids >= model.context_length:
         raise _too_long(num_ids, model)
-    _require(
-        len(request.messages) <= limits.MAX_MESSAGES, "messages", len(request.messages), f"1 to {limits.MAX_MESSAGES} messages"
-    )
-    _require(num_biases <= limits.MAX_LOGIT_BIAS, "sampling.logit_bias", num_biases, f"at most {limits.MAX_LOGIT_BIAS} entries")
+    require(len(request.messages) <= limits.MAX_MESSAGES, "messages", len(request.messages), f"1 to {limits.MAX_MESSAGES} messages")
+    require(num_biases <= limits.MAX_LOGIT_BIAS, "sampling.logit_bias", num_biases, f"at most {limits.MAX_LOGIT_BIAS} entries")
     num_stops = len(request.stopping.stop)
-    _require(num_stops <= limits.MAX_STOP_STRINGS, "stopping.stop", num_stops, f"at most {limits.MAX_STOP_STRINGS} strings")
+    require(num_stops <= limits.MAX_STOP_STRINGS, "stopping.stop", num_stops, f"at most {limits.MAX_STOP_STRINGS} strings")
 
 
 def _too_long(num_prompt: int, model: ModelLimits) -> ExceedsContext:
@@ -293,21 +241,21 @@ def _read_sampling(asked: pb.SamplingParams, model: ModelLimits) -> SamplingPara
 def _read_stopping(asked: pb.StoppingParams, model: ModelLimits) -> StopRequest:
     max_tokens = asked.max_tokens if asked.HasField("max_tokens") else None
     if max_tokens is not None:
-        _require(1 <= max_tokens <= limits.MAX_POSITIONS, "stopping.max_tokens", max_tokens, f"1 to {limits.MAX_POSITIONS}")
+        require(1 <= max_tokens <= limits.MAX_POSITIONS, "stopping.max_tokens", max_tokens, f"1 to {limits.MAX_POSITIONS}")
     min_tokens = asked.min_tokens
-    _require(0 <= min_tokens <= model.context_length, "stopping.min_tokens", min_tokens, f"0 to {model.context_length}")
+    require(0 <= min_tokens <= model.context_length, "stopping.min_tokens", min_tokens, f"0 to {model.context_length}")
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidInput("stopping.min_tokens", f"is {min_tokens}, more than max_tokens = {max_tokens}")
     stops = tuple(asked.stop)
     for i, stop in enumerate(stops):
-        _require(
+        require(
             1 <= len(stop) <= limits.MAX_STOP_CHARS,
             f"stopping.stop[{i}]",
             f"{len(stop)} characters long",
             f"1 to {limits.MAX_STOP_CHARS}",
         )
     ids = tuple(asked.stop_token_ids)
-    _require(len(ids) <= limits.MAX_STOP_TOKEN_IDS, "stopping.stop_token_ids", len(ids), f"at most {limits.MAX_STOP_TOKEN_IDS} ids")
+    require(len(ids) <= limits.MAX_STOP_TOKEN_IDS, "stopping.stop_token_ids", len(ids), f"at most {limits.MAX_STOP_TOKEN_IDS} ids")
     check_token_ids("stopping.stop_token_ids", ids, model.vocab_size)
     eos = () if asked.ignore_eos else model.eos_token_ids
     return StopRequest(max_tokens, min_tokens, stops, frozenset((*ids, *eos)))
@@ -324,7 +272,7 @@ def _check_metadata(metadata: Mapping[str, str]) -> None:
     for name in metadata:
         if name.lower() in OPERATOR_METADATA:
             raise Forbidden(f"metadata: {name}: templates are set by the operator", reason="forbidden_metadata", field="metadata")
-    _require(
+    require(
         len(metadata) <= limits.MAX_METADATA_ENTRIES,
         "metadata",
         f"{len(metadata)} entries",
@@ -332,23 +280,12 @@ def _check_metadata(metadata: Mapping[str, str]) -> None:
     )
     for name, value in metadata.items():
         longest = max(len(name), len(value))
-        _require(longest <= limits.MAX_METADATA_CHARS, "metadata", f"{longest} characters", f"at most {limits.MAX_METADATA_CHARS}")
+        require(longest <= limits.MAX_METADATA_CHARS, "metadata", f"{longest} characters", f"at most {limits.MAX_METADATA_CHARS}")
 
 
 def _check_name(field: str, value: str, max_chars: int) -> None:
     if len(value) > max_chars or not value.isprintable():
         raise InvalidInput(field, f"accepted: at most {max_chars} printable characters")
-
-
-def _require(is_in_range: bool, field: str, value: object, accepted: str) -> None:
-    if not is_in_range:
-        raise InvalidInput(field, f"is {value}, accepted: {accepted}")
-
-
-def _number(field: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    in_range = (low < value if open_low else low <= value) and value <= high
-    if not math.isfinite(value) or not in_range:
-        raise InvalidInput(field, f"is {value}, accepted: {'over ' if open_low else ''}{low:g} to {high:g}")
 
 
 def _shown(text: str) -> str:

@@ -38,12 +38,11 @@ class BlockState(Enum):
 
 @dataclass(slots=True)
 class Block:
-    """One block's bookkeeping. `epoch` counts how often it was lent, so that a stale reference can be told."""
+    """One block's bookkeeping."""
 
     state: BlockState = BlockState.FREE
     num_users: int = 0
     name: BlockHash | None = None
-    epoch: int = 0
 
 
 class BlockPool:
@@ -86,15 +85,6 @@ class BlockPool:
                 block.state = BlockState.COMMITTED
             block.num_users += 1
         return found
-
-    def num_cached_of(self, names: Sequence[BlockHash]) -> int:
-        """How many leading `names` are here; pins nothing."""
-        count = 0
-        for name in names:
-            if name not in self._index:
-                break
-            count += 1
-        return count
 
     def allocate(self, count: int, state: BlockState = BlockState.FILLING) -> list[BlockId] | None:
         """`count` blocks in FILLING or RESERVED, evicting cached ones as needed; None, and no change, when there are not enough."""
@@ -157,5 +147,4 @@ class BlockPool:
             del self._index[name]
         block = self._blocks[block_id]
         block.state, block.num_users, block.name = state, 1, None
-        block.epoch += 1
         return block_id

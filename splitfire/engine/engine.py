@@ -148,7 +148,7 @@ class Engine:
             for i, piece in enumerate(slices):
                 if i not in drawn or drawn[i].token is not None:  # what is not finite is shared with nobody
                     self._scheduler.computed(piece)
-            updates = tuple(self._update(piece, drawn.get(i), began, ended) for i, piece in enumerate(slices))
+            updates = tuple(self._update(piece, drawn.get(i), ended) for i, piece in enumerate(slices))
         self._measure(slices, ended - began)
         return StepResult(updates, sum(s.end - s.begin for s in slices), ended - began)
 
@@ -205,18 +205,15 @@ class Engine:
 
     def _new_sequence(self, spec: SequenceSpec) -> Sequence:
         sequence = Sequence(spec, self._arrivals, self.runner.pool.layout.block_size)
-        sequence.times.added = self._clock()
         self._arrivals += 1
         self._sequences[spec.seq_id] = sequence
         return sequence
 
-    def _update(self, piece: Slice, drawn: Drawn | None, began: float, ended: float) -> SequenceUpdate:
+    def _update(self, piece: Slice, drawn: Drawn | None, ended: float) -> SequenceUpdate:
         """Appends the drawn token and moves the sequence on. Under the lock."""
         sequence, spec = piece.sequence, piece.sequence.spec
         offset = sequence.num_output
         is_first = offset == len(spec.output)
-        if is_first:
-            sequence.times.chunks.append(ended - began)
         for_shipping = spec.purpose is Purpose.PREFILL
         block_ids = tuple(sequence.block_ids) if for_shipping else ()
         if drawn is None:

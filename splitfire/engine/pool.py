@@ -34,7 +34,3 @@ class KvPool:
     def layer(self, layer: int) -> Tensor:
         """[num_blocks, 2, num_kv_heads, block_size, head_dim], a view."""
         return self.data[:, layer]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.data.numel() * self.data.element_size()

@@ -6,7 +6,7 @@ step and a verification are the same thing with other numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import NewType
 
@@ -103,7 +103,5 @@ class Sequence:
 class SequenceTimes:
     """Instants on this process's monotonic clock, seconds; None until they happen."""
 
-    added: float | None = None
     started: float | None = None  # first scheduled
     prompt_done: float | None = None
-    chunks: list[float] = field(default_factory=list)  # durations of the steps that computed a piece of the prompt

@@ -11,7 +11,7 @@ from splitfire.core.errors import ExceedsContext, ExceedsPool, InvalidInput, Spl
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.hashing import HASH_BYTES, BlockHash, chain_root
 from splitfire.core.layout import KvLayout
-from splitfire.core.validation import check_sampling, check_stopping, check_token_ids
+from splitfire.core.ranges import check_sampling, check_stopping, check_token_ids
 from splitfire.core.wire import sampling_from_wire, stopping_from_wire
 from splitfire.engine.kernels.sample import SampledToken
 from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec

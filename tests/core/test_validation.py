@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from splitfire.core import limits
 from splitfire.core.errors import Code, SplitfireError
 from splitfire.core.model_config import GenerationDefaults
+from splitfire.core.ranges import check_sampling, check_stopping
 from splitfire.core.sampling import SamplingParams, StopParams
-from splitfire.core.validation import ModelLimits, ValidRequest, check_request, check_sampling, check_stopping, resolve_stopping
+from splitfire.core.validation import ModelLimits, ValidRequest, check_request, resolve_stopping
 from splitfire.v1 import inference_pb2 as pb
 
 MODEL = ModelLimits("pico", vocab_size=4096, context_length=2048, eos_token_ids=(0,), has_chat_template=True)
