@@ -1,7 +1,7 @@
 """The one validator. Every front sends requests through `check_request`; every worker checks the numbers again (`ranges.py`).
 
-A front that does not speak protobuf builds the same message first, so no range is written down twice. What is not built yet is Unsupported by name, and unknown fields are refused, so nothing a client asks for
-is ever silently ignored.
+A front that does not speak protobuf builds the same message first, so no range is written down twice. What is not built
+yet is Unsupported by name, and unknown fields are refused, so nothing a client asks for is ever silently ignored.
 """
 
 from __future__ import annotations
