@@ -36,6 +36,8 @@ MAX_POSITION = 2048
 HELD_OUT_SHARE = 0.04
 # Words, numbers of up to three digits, runs of punctuation, and white space that keeps an indentation whole.
 SPLIT = r" ?[A-Za-z]+|_+|\d{1,3}| ?[^\sA-Za-z0-9_]+|\n+[ \t]*|[ \t]+(?=\S)|\s+"
+# What a request gets that says nothing about sampling: code of a model this small is best read near its most likely path.
+GENERATION = {"bos_token_id": 0, "eos_token_id": 0, "do_sample": True, "temperature": 0.4, "top_p": 0.95}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -232,6 +234,7 @@ def save(model: LlamaForCausalLM, work: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
     config = json.loads(model.config.to_json_string(use_diff=False))
     keep = [
         "model_type",
@@ -253,7 +256,7 @@ def save(model: LlamaForCausalLM, work: Path, out: Path) -> None:
     ]
     slim = {"architectures": ["LlamaForCausalLM"], **{k: config[k] for k in keep}, "rope_theta": 10000.0, "torch_dtype": "bfloat16"}
     (out / "config.json").write_text(json.dumps(slim, indent=2) + "\n")
-    (out / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}, indent=2) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))])
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)

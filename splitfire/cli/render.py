@@ -7,20 +7,24 @@ from rich.table import Table
 
 from splitfire.v1 import inference_pb2 as pb
 
-BAR_WIDTH = 44
+SCREEN = 80
 
 
 def print_waterfall(console: Console, summary: pb.Summary) -> None:
     """One line a phase: where it ran, how long it took, and when, drawn to scale."""
     end = max((p.start_s + p.duration_s for p in summary.phases), default=0.0) or 1e-9
+    names = max((len(p.name) for p in summary.phases), default=0)
+    where = max((len(p.worker) for p in summary.phases), default=0)
+    width = SCREEN - names - where - len("12345.6") - 6  # what is left beside the other columns
+    scale = f"{end * 1e3:.0f} ms"
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("phase", "where", "ms"):
         table.add_column(title, justify="right" if title == "ms" else "left", no_wrap=True)
-    table.add_column(f"0 {'─' * (BAR_WIDTH - 12)} {end * 1e3:.0f} ms", no_wrap=True)
+    table.add_column(f"0 {'─' * (width - len(scale) - 3)} {scale}", no_wrap=True)
     for phase in summary.phases:
-        begin = int(phase.start_s / end * BAR_WIDTH)
-        length = max(1, round(phase.duration_s / end * BAR_WIDTH))
-        table.add_row(phase.name, phase.worker, f"{phase.duration_s * 1e3:.1f}", " " * begin + "█" * min(length, BAR_WIDTH - begin))
+        begin = min(int(phase.start_s / end * width), width - 1)
+        length = min(max(1, round(phase.duration_s / end * width)), width - begin)
+        table.add_row(phase.name, phase.worker, f"{phase.duration_s * 1e3:.1f}", " " * begin + "█" * length)
     console.print(table)
     usage = summary.usage
     line = f"{usage.prompt_tokens} prompt tokens ({usage.cached_prompt_tokens} cached), {usage.generated_tokens} generated, seed {summary.seed}"
@@ -34,7 +38,7 @@ def print_waterfall(console: Console, summary: pb.Summary) -> None:
 
 def fleet_table(fleet: pb.GetFleetResponse) -> Table:
     """Fits 80 columns when ids are short."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("worker", no_wrap=True)
     table.add_column("role", no_wrap=True)
     table.add_column("KV", no_wrap=True)

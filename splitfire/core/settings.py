@@ -135,7 +135,7 @@ class WorkerSettings(ServiceSettings):
         "127.0.0.1:7071", min_length=3, description="worker ports of all routers, comma separated"
     )
     worker_id: str = Field(
-        "", description="name in logs and fleet; default: role and process id", max_length=limits.MAX_WORKER_ID_CHARS
+        "", description="name in logs and fleet; default: the role and a random number", max_length=limits.MAX_WORKER_ID_CHARS
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
     dtype: Dtype = Field("auto", description="of weights and computation; auto: the checkpoint's, fp32 on a CPU without bf16 units")

@@ -55,7 +55,7 @@ class Worker:
     ) -> None:
         self.settings = settings
         self.incarnation = secrets.token_bytes(16)
-        self.worker_id = settings.worker_id or f"{settings.role}-{self.incarnation.hex()[:8]}"
+        self.worker_id = settings.worker_id or f"{settings.role}-{self.incarnation.hex()[:6]}"
         self._loaded = loaded
         self._telemetry = Telemetry(f"splitfire-{settings.role}", settings.trace_file)
         loop = asyncio.get_running_loop()

@@ -21,23 +21,23 @@ def test_the_fleet_fits_80_columns_and_nothing_is_cut() -> None:
         prefill_tokens_per_s=4801, decode_tokens_per_s=700, resident_bytes=370_000_000,
     )  # fmt: skip
     fleet = pb.GetFleetResponse()
-    for name, role in (("decode-0", pb.ROLE_DECODE), ("prefill-0", pb.ROLE_PREFILL)):
+    for name, role in (("decode-0590af", pb.ROLE_DECODE), ("prefill-2c53a1", pb.ROLE_PREFILL)):
         worker.worker_id, worker.role = name, role
         fleet.workers.append(worker)
     screen, text = console()
     screen.print(fleet_table(fleet))
     assert "…" not in text.getvalue()
     rows = text.getvalue().splitlines()[-2:]
-    assert rows[0].split() == ["prefill-0", "prefill", "fp32,", "32", "1234/1365", "64", "12345", "4801", "700", "370"]
-    assert rows[1].startswith("decode-0")
+    assert rows[0].split() == ["prefill-2c53a1", "prefill", "fp32,", "32", "1234/1365", "64", "12345", "4801", "700", "370"]
+    assert rows[1].startswith("decode-0590af")
 
 
 def test_the_waterfall_is_to_scale_and_never_runs_over() -> None:
     summary = pb.Summary(
         phases=[
-            pb.Phase(name="prefill", start_s=0.0, duration_s=0.05, worker="prefill-0"),
-            pb.Phase(name="decode", start_s=0.05, duration_s=0.05, worker="decode-0"),
-            pb.Phase(name="join", start_s=0.1, duration_s=0.0, worker="decode-0"),
+            pb.Phase(name="prefill", start_s=0.0, duration_s=0.05, worker="prefill-2c53a1"),
+            pb.Phase(name="decode", start_s=0.05, duration_s=0.05, worker="decode-0590af"),
+            pb.Phase(name="join", start_s=0.1, duration_s=0.0, worker="decode-0590af"),
         ]
     )
     screen, text = console()
@@ -45,5 +45,5 @@ def test_the_waterfall_is_to_scale_and_never_runs_over() -> None:
     lines = text.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
     bars = {line.split()[0]: (line.count("█"), line.find("█")) for line in lines if "█" in line}
-    assert bars["prefill"][0] == bars["decode"][0] == 22
-    assert bars["decode"][1] - bars["prefill"][1] == 22
+    assert bars["prefill"][0] == bars["decode"][0] > 20
+    assert bars["decode"][1] - bars["prefill"][1] == bars["prefill"][0]
