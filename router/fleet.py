@@ -49,6 +49,7 @@ class WorkerHandle:
     load: fleet_pb2.Load = field(default_factory=fleet_pb2.Load)
     reported_at: float = field(default_factory=time.monotonic)
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
+    num_dropped: int = 0  # frames of attempts that are not here: unknown, finished, another router's
     strikes: int = 0  # reports that cannot be true, protocol errors
     suspect_until: float = 0.0
 
@@ -66,6 +67,12 @@ class WorkerHandle:
         except asyncio.QueueFull:
             log.error("worker does not read its stream", worker_id=self.hello.worker_id)
             self.is_gone.set()
+
+    def events(self, attempt: int) -> AttemptEvents | None:
+        """Who a frame of `attempt` goes to; None, and counted, when it is not open here."""
+        events = self.attempts.get(attempt)
+        self.num_dropped += events is None
+        return events
 
     def peer(self) -> fleet_pb2.Peer:
         hello = self.hello

@@ -85,15 +85,15 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             kind = request.WhichOneof("frame")
             if kind == "step_output":
                 for output in request.step_output.sequences:
-                    events = worker.attempts.get(output.attempt)
+                    events = worker.events(output.attempt)
                     if events is not None:
                         events.on_output(worker.incarnation, output)
             elif kind == "finished":
-                events = worker.attempts.get(request.finished.attempt)
+                events = worker.events(request.finished.attempt)
                 if events is not None:
                     events.on_finished(worker.incarnation, request.finished)
             elif kind == "refused":
-                events = worker.attempts.get(request.refused.attempt)
+                events = worker.events(request.refused.attempt)
                 if events is not None:
                     events.on_refused(worker.incarnation, request.refused)
 

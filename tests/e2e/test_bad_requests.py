@@ -253,12 +253,30 @@ def http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
-@pytest.mark.parametrize("attack", ["rapid reset", "ping flood", "settings flood"])
+def literal(name_index: bytes, value: bytes) -> bytes:
+    """A header field of HPACK: name from the static table, value as it stands."""
+    return name_index + bytes([len(value)]) + value
+
+
+# POST, http, :path, :authority, content-type: what a gRPC client sends before its message.
+CALL = (
+    b"\x83\x86"
+    + literal(b"\x04", b"/splitfire.v1.Inference/Generate")
+    + literal(b"\x01", b"x")
+    + literal(b"\x0f\x10", b"application/grpc")
+)
+
+
+@pytest.mark.parametrize(
+    "attack", ["rapid reset", "ping flood", "settings flood", "continuation flood", "streams without requests"]
+)
 def test_http2_floods_do_not_hold_up_others(pico: RunningFleet, attack: str) -> None:
     """B45, F48: the connection may be closed; everybody else goes on."""
     host, port = pico.address.split(":")
     floods: dict[str, Callable[[int], bytes]] = {
-        "rapid reset": lambda i: http2_frame(1, 4, 2 * i + 1, b"\x82\x86\x84") + http2_frame(3, 0, 2 * i + 1, b"\0\0\0\x08"),
+        "rapid reset": lambda i: http2_frame(1, 4, 2 * i + 1, CALL) + http2_frame(3, 0, 2 * i + 1, b"\0\0\0\x08"),
+        "continuation flood": lambda i: http2_frame(9, 0, 1, b"\x40\x01a\x01b" * 200) if i else http2_frame(1, 0, 1, CALL),
+        "streams without requests": lambda i: http2_frame(1, 4, 2 * i + 1, CALL),
         "ping flood": lambda i: http2_frame(6, 0, 0, i.to_bytes(8, "big")),
         "settings flood": lambda i: http2_frame(4, 0, 0, b""),
     }

@@ -314,6 +314,7 @@ def test_frames_of_attempts_that_are_not_here_are_dropped() -> None:
                 await call.write(frame)
             await attach(at, make_hello("prefill"))  # a round trip later, the frames have been read
             assert len(at.fleet.workers) == 2
+            assert [w.num_dropped for w in at.fleet.workers if not w.is_prefill] == [3]
             call.cancel()
 
     play(scene())
