@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from splitfire.cli.client import Client, ServerError
 from splitfire.cli.render import fleet_table, pair_line, print_waterfall
@@ -33,7 +34,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 SERVER = Annotated[str, typer.Option(envvar="SPLITFIRE_SERVER", help="host:port of a router")]
 TIMEOUT = Annotated[float, typer.Option(envvar="SPLITFIRE_TIMEOUT", min=0.1, max=3600, help="seconds an answer may take")]
 DEFAULT_SERVER = "127.0.0.1:7070"
-DEMO_PROMPT = "def fibonacci(n):\n"
+DEMO_PROMPT = "class Point:\n    def __init__(self, x, y):\n        self.x = x"
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -153,7 +154,7 @@ def demo(
     shared = given({"--trace-file": trace_file.absolute() if trace_file else None})
     plan = make_plan("pico", 1, 1, free_port(), "", "", router_flags=("--split=always",), worker_flags=(), shared_flags=shared)
     with running(plan) as fleet, Client(fleet.address) as client:
-        out.print(f"\n[bold]{prompt.rstrip()}[/]")
+        out.print(f"\n[bold]{escape(prompt)}[/]", end="")  # the answer goes on where the prompt ends
         request = pb.GenerateRequest(
             text=prompt,
             sampling=pb.SamplingParams(temperature=0.0),

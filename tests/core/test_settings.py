@@ -211,14 +211,6 @@ def test_an_odd_environment_changes_nothing(environment: dict[str, str], tmp_pat
     assert b"No such file or directory" in ended.stderr
 
 
-def test_too_few_open_files_are_told_with_the_number_needed() -> None:
-    """B117."""
-    command = ["bash", "-c", f"ulimit -n 64; exec {sys.executable} -m router"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 2
-    assert "may open 64 files, it needs 1024" in ended.stderr
-
-
 def test_the_slow_protobuf_parser_is_refused() -> None:
     """B116: it has no limit on nesting."""
     environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
