@@ -87,8 +87,8 @@ class Intake:
         ):
             self.closed("bad_first_token", is_retryable=True)
             return
-        self._context.host.join(reservation, first.token_id)
         self._on_joined(self, first)
+        self._context.host.join(reservation, first.token_id)
 
     def closed(self, reason: str, is_retryable: bool) -> None:
         if self._reservation is not None:

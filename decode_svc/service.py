@@ -68,7 +68,7 @@ class DecodeService:
         job = decode.job
         if update.error:
             self._drop(decode)
-            job.refuse(Internal("the model's output is not finite", reason=update.error))
+            job.refuse(Internal("the model's output for this request cannot be used", reason=update.error))
             return
         if update.token is None:
             return

@@ -145,6 +145,7 @@ class TransferAgent:
             self._incoming.lend()
 
         self._incoming.post(slot, self._peers.known(incarnation), arrived)
+        self._watch()
 
     # -- frames and time
 
@@ -199,7 +200,9 @@ class TransferAgent:
     def _tick(self) -> None:
         self._timer = None
         now = self._clock()
-        self._incoming.tick(now)
-        self._outgoing.tick(now)
-        if self.num_open or self._incoming.num_parked:
-            self._watch()
+        try:
+            self._incoming.tick(now)
+            self._outgoing.tick(now)
+        finally:
+            if self.num_open or self._incoming.num_parked or self._incoming.num_posted:
+                self._watch()

@@ -22,6 +22,7 @@ from splitfire.v1 import kv_pb2
 
 log = structlog.get_logger("worker")
 SLOTS_PER_TRANSFER = 2
+LOST_S = limits.DEAD_AFTER_S  # a receive nobody will fill
 
 
 class _Receiving:
@@ -51,6 +52,15 @@ class _ParkedOffer:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Posting:
+    """A receive that has not completed. `receiver` is None for one of a measurement."""
+
+    peer: Peer | None
+    receiver: Receiver | None
+    since: float
+
+
 class Incoming:
     """Invariant: a slot goes back to the ring only when its receive was seen completed; one of a lost peer never does."""
 
@@ -61,7 +71,11 @@ class Incoming:
         self._drop = drop
         self._receivings: OrderedDict[bytes, _Receiving] = OrderedDict()  # oldest first
         self._parked: OrderedDict[bytes, _ParkedOffer] = OrderedDict()
-        self._posted: dict[RingSlot, Peer | None] = {}
+        self._posted: dict[RingSlot, _Posting] = {}
+
+    @property
+    def num_posted(self) -> int:
+        return len(self._posted)
 
     def __len__(self) -> int:
         return len(self._receivings)
@@ -75,7 +89,7 @@ class Incoming:
         self._receivings[expectation.transfer_id] = receiving
         parked = self._parked.pop(expectation.transfer_id, None)
         if parked is not None and parked.incarnation == peer.address.incarnation:
-            receiving.receiver.on_message(parked.message)
+            self.on_message(parked.message)
         return receiving.receiver
 
     def peer_of(self, transfer_id: bytes) -> Peer | None:
@@ -105,9 +119,8 @@ class Incoming:
         for transfer_id, receiving in [(t, r) for t, r in self._receivings.items() if r.peer is peer]:
             receiving.receiver.close("peer_gone", is_retryable=True, tell_peer=False)
             self._receivings.pop(transfer_id, None)
-        for slot in [s for s, owner in self._posted.items() if owner is peer]:
-            del self._posted[slot]
-            self.ring.quarantine(slot)
+        for slot in [s for s, posting in self._posted.items() if posting.peer is peer]:
+            self._give_up(slot)
         self.lend()
 
     def lend(self) -> None:
@@ -116,16 +129,18 @@ class Incoming:
             for receiving in list(self._receivings.values()):
                 self._lend_to(receiving, most)
 
-    def post(self, slot: RingSlot, peer: Peer | None, done: Callable[[Exception | None], None]) -> None:
-        """Posts a receive for this lending of `slot`; `done` unless the peer goes first."""
-        self._posted[slot] = peer
-        generation = slot.generation
+    def post(
+        self, slot: RingSlot, peer: Peer | None, done: Callable[[Exception | None], None], receiver: Receiver | None = None
+    ) -> None:
+        """Posts a receive for this lending of `slot`; `done` unless it is given up first."""
+        posting = self._posted[slot] = _Posting(peer, receiver, self._clock())
 
         def arrived(exc: Exception | None) -> None:
-            if self._posted.pop(slot, None) is peer and slot.generation == generation:
+            if self._posted.get(slot) is posting:
+                del self._posted[slot]
                 done(exc)
 
-        self._transport.receive(slot_tag(slot.index, generation), slot.buffer, arrived)
+        self._transport.receive(slot_tag(slot.index, slot.generation), slot.buffer, arrived)
 
     def tick(self, now: float) -> None:
         """Tries again for those who wait for blocks, and ends what makes no progress."""
@@ -144,9 +159,20 @@ class Incoming:
                     receiver.close("no offer came", is_retryable=True, tell_peer=False)
             elif receiver.is_open and receiver.lent and now - receiver.last_progress > limits.PROGRESS_S:
                 receiver.close("deadline", is_retryable=True)
+        for slot, posting in list(self._posted.items()):
+            is_over = posting.receiver is None or posting.receiver.state is Recv.DRAINING
+            if is_over and now - posting.since > LOST_S:  # its sender gave us up, and will not fill it any more
+                self._give_up(slot)
+                if posting.receiver is not None:
+                    posting.receiver.on_payload(slot, None)
         for transfer_id in [t for t, parked in self._parked.items() if now - parked.since > limits.OFFER_PARKED_S]:
             del self._parked[transfer_id]
             self._drop("unknown_transfer")
+
+    def _give_up(self, slot: RingSlot) -> None:
+        """Its receive may never complete, so the memory stays with the transport."""
+        del self._posted[slot]
+        self.ring.quarantine(slot)
 
     def remove(self, receiving: _Receiving) -> None:
         self._receivings.pop(receiving.receiver.expectation.transfer_id, None)
@@ -159,7 +185,7 @@ class Incoming:
             if slot is None:
                 break
             lent.slots.append(receiver.lend_now(slot))
-            self.post(slot, receiving.peer, lambda exc, s=slot: self._arrived(receiver, s, exc))  # type: ignore[misc]
+            self.post(slot, receiving.peer, lambda exc, s=slot: self._arrived(receiver, s, exc), receiver)  # type: ignore[misc]
         if lent.slots:
             receiving.peer.send(kv_pb2.KvMessage(transfer_id=receiver.expectation.transfer_id, slots=lent))
 

@@ -59,7 +59,7 @@ class Peers:
     def get(self, address: PeerAddress) -> Peer:
         """The peer at `address`, connected on first use. Unavailable when it is gone or cannot be connected to."""
         if address.incarnation in self._gone:
-            raise Unavailable(f"{address.worker_id} is gone", reason="peer_gone")
+            raise Unavailable(f"{address.worker_id} is gone", reason="handoff_peer_gone")
         peer = self._peers.get(address.incarnation)
         if peer is None:
             peer = self._peers[address.incarnation] = Peer(address, self._transport.connect(address.address), self._incarnation)

@@ -143,8 +143,10 @@ class Receiver:
     def refuse(self, reason: str, *, is_retryable: bool) -> None:
         self._advance(RecvEvent.REFUSE)
         self._send(refuse=kv_pb2.Refuse(reason=reason, is_retryable=is_retryable))
-        self._sink.closed(reason, is_retryable)
-        self._port.finished()
+        try:
+            self._sink.closed(reason, is_retryable)
+        finally:
+            self._port.finished()
 
     def lend_now(self, slot: RingSlot) -> kv_pb2.Slot:
         """The agent has a slot for this transfer, and posts a receive in it."""
@@ -178,9 +180,11 @@ class Receiver:
         self._advance(RecvEvent.DRAIN if self.lent else RecvEvent.ABORT)
         if tell_peer:
             self._send(abort=kv_pb2.Abort(reason=reason))
-        self._sink.closed(reason, is_retryable)
-        if not self.lent:
-            self._port.finished()
+        try:
+            self._sink.closed(reason, is_retryable)
+        finally:
+            if not self.lent:
+                self._port.finished()
 
     def _on_offer(self, offer: kv_pb2.Offer) -> None:
         if self.state is not Recv.EXPECTED:  # a repeated offer changes nothing
@@ -246,6 +250,9 @@ class Receiver:
             self._send(received=kv_pb2.Received())
             try:
                 self._sink.ready(self._first_tokens)
+            except Exception:
+                self._sink.closed("internal", is_retryable=False)
+                raise
             finally:
                 self._port.finished()
 

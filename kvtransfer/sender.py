@@ -25,6 +25,7 @@ class Outcome(Enum):
     RECEIVED = "received"
     REFUSED = "refused"
     ABORTED = "aborted"
+    ABORTED_BY_PEER = "aborted by peer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ class Sender:
             self._advance(SendEvent.ABORT)
             self._pieces.clear()
             self._send(stopped=kv_pb2.Stopped())
-            self._port.closed(Outcome.ABORTED, message.abort.reason)
+            self._port.closed(Outcome.ABORTED_BY_PEER, message.abort.reason)
 
     def _on_grant(self, grant: kv_pb2.Grant) -> None:
         self._advance(SendEvent.GRANT)

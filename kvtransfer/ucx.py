@@ -23,7 +23,7 @@ import numpy as np
 import structlog
 
 from kvtransfer.transport import Done, Link, OnControl
-from splitfire.core.errors import ConfigError, Mismatch, Unavailable
+from splitfire.core.errors import ConfigError, Unavailable
 from splitfire.core.limits import MAX_CONTROL_BYTES
 
 for _name, _value in {
@@ -92,7 +92,7 @@ class UcxTransport:
             endpoint = libucxx.UCXEndpoint.create_from_worker_address(self._worker, peer, endpoint_error_handling=True)
         except (libucxx.UCXError, ValueError) as exc:
             message = f"UCX cannot reach the peer: {exc}; are both workers' --ucx-devices on one network?"
-            raise Unavailable(message, reason="peer_unreachable") from exc
+            raise Unavailable(message, reason="handoff_unreachable") from exc
         return _UcxLink(self, endpoint)
 
     def receive(self, tag: int, buffer: memoryview, done: Done) -> None:
@@ -180,10 +180,12 @@ def _unseal(sealed: bytes) -> bytes:
         magic, major, minor, digest = _ADDRESS.unpack_from(sealed)
         address = sealed[_ADDRESS.size :]
         if magic == b"UCX" and (major, minor) != (ours[0], ours[1]):
-            raise Mismatch(f"the peer has UCX {major}.{minor}, this worker {ours[0]}.{ours[1]}; run the same", reason="ucx_version")
+            raise Unavailable(
+                f"the peer has UCX {major}.{minor}, this worker {ours[0]}.{ours[1]}; run the same", reason="handoff_ucx_version"
+            )
         if magic == b"UCX" and digest == blake2b(address, digest_size=8).digest():
             return address
-    raise Unavailable("the peer's UCX address is damaged", reason="peer_unreachable")
+    raise Unavailable("the peer's UCX address is damaged", reason="handoff_unreachable")
 
 
 def _check_devices(devices: str | None) -> None:

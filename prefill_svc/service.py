@@ -56,7 +56,7 @@ class PrefillService:
         job = prefill.job
         if update.error:
             self._end(prefill)
-            job.refuse(Internal("the model's output is not finite", reason=update.error))
+            job.refuse(Internal("the model's output for this request cannot be used", reason=update.error))
             return
         if update.token is not None:
             self._send_first_token(job, update)
@@ -129,7 +129,7 @@ class PrefillService:
         if outcome is Outcome.RECEIVED:
             timing = fleet_pb2.WorkerTiming(phases=[context.phase(job, "ship", shipment.began, now)])
             job.replies.finished(fleet_pb2.Finished(attempt=job.attempt, timing=timing))
-        else:
+        elif outcome is Outcome.ABORTED:  # if it was the receiver's word, the router hears it from there
             job.refuse(Unavailable(f"the hand-off did not happen: {reason}", reason=f"handoff_{outcome.value}"))
 
     def _end(self, prefill: _Prefill) -> None:

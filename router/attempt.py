@@ -77,6 +77,8 @@ class Attempt:
 
     def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None:
         self._fleet.end(self.number, incarnation, None)
+        if incarnation == self.placement.prefill and (self._is_prefill_over or self._has_decoded):
+            return  # decode has everything: what prefill thinks of it does not matter any more
         error = SplitfireError(refused.message, reason=refused.reason)
         if refused.reason == "kv_digest_mismatch":
             error = DataLoss(refused.message, reason=refused.reason)

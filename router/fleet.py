@@ -49,6 +49,7 @@ class WorkerHandle:
     load: fleet_pb2.Load = field(default_factory=fleet_pb2.Load)
     reported_at: float = field(default_factory=time.monotonic)
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
+    is_replaced: bool = False  # by another process under its name
     num_dropped: int = 0  # frames of attempts that are not here: unknown, finished, another router's
     strikes: int = 0  # reports that cannot be true, protocol errors
     suspect_until: float = 0.0
@@ -173,6 +174,7 @@ class Fleet:
             w for w in self._workers.values() if w.hello.worker_id == hello.worker_id or w.incarnation == hello.incarnation
         ]:
             log.warning("worker attached again", worker_id=hello.worker_id, is_restart=old.incarnation != hello.incarnation)
+            old.is_replaced = old.incarnation != hello.incarnation
             old.is_gone.set()
             self.remove(old)
         worker.load.total_blocks = worker.load.free_blocks = hello.capacity.total_blocks

@@ -13,7 +13,7 @@ import structlog
 from router.fleet import Fleet, WorkerHandle
 from router.status import abort
 from splitfire.core import limits
-from splitfire.core.errors import InvalidInput, SplitfireError, Unauthenticated, Unavailable
+from splitfire.core.errors import InvalidInput, Mismatch, SplitfireError, Unauthenticated, Unavailable
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from splitfire.v1 import fleet_pb2, fleet_pb2_grpc
 
@@ -59,6 +59,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if worker.is_replaced:  # if its process lives, it must not come back and fence the other in turn
+            taken = f"another worker attached as {worker.hello.worker_id}; give every worker a --worker-id of its own"
+            await abort(context, Mismatch(taken, reason="worker_id_taken"), "")
 
     async def Report(self, requests: AsyncIterator[fleet_pb2.ReportRequest], context: FleetContext) -> None:  # type: ignore[override]  # noqa: N802
         try:

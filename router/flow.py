@@ -51,6 +51,9 @@ class Flow:
             choice.advance(ReqEvent.CANCEL)
             raise
         except Exception:
+            if choice.is_finished:  # a stop string was found meanwhile: the answer is complete
+                choice.advance(ReqEvent.FINISH)
+                return
             choice.advance(ReqEvent.FAIL)
             raise
 
@@ -88,6 +91,8 @@ class Flow:
     async def _attempt(self, choice: Choice, *, is_first: bool) -> SplitfireError | None:
         """One try, from admission to its end; None: finished. Whatever happens, nothing of it is left at any worker."""
         attempt = await self._admit(choice)
+        if attempt is None:
+            return None
         try:
             if is_first:
                 choice.advance(ReqEvent.ADMIT)
@@ -106,12 +111,12 @@ class Flow:
             attempt.end(None, "request over")
             self.admission.ended()
 
-    async def _admit(self, choice: Choice) -> Attempt:
-        """Waits for a place; the attempt is counted at its workers when this returns."""
+    async def _admit(self, choice: Choice) -> Attempt | None:
+        """Waits for a place; the attempt is counted at its workers when this returns. None: it is not wanted any more."""
         plan = choice.plan
         if (reason := missing_role(self.fleet.snapshot(), self.split)) is not None:
             raise Unavailable(f"no {reason.removeprefix('no_')} worker is attached", reason=reason, retry_after_s=1.0)
-        placed: asyncio.Future[Attempt] = asyncio.get_running_loop().create_future()
+        placed: asyncio.Future[Attempt | None] = asyncio.get_running_loop().create_future()
 
         def start(placement: Placement) -> None:
             attempt = Attempt(choice, placement, self.fleet, self._vocab_size)
@@ -123,6 +128,13 @@ class Flow:
 
         ticket = Ticket(plan.priority, 4 * len(plan.prompt), lambda: self._find_room(choice), start, expire)
         choice.timeline.queued_at = time.monotonic()
+
+        def stop_waiting(_reason: str) -> None:
+            self.admission.withdraw(ticket)
+            if not placed.done():
+                placed.set_result(None)
+
+        choice.end_attempt = stop_waiting
         try:
             self.admission.request(ticket)
             async with asyncio.timeout(max(0.0, plan.deadline - time.monotonic())):
@@ -134,10 +146,10 @@ class Flow:
             self._give_up(placed, ticket)
             raise
 
-    def _give_up(self, placed: asyncio.Future[Attempt], ticket: Ticket[Placement]) -> None:
+    def _give_up(self, placed: asyncio.Future[Attempt | None], ticket: Ticket[Placement]) -> None:
         self.admission.withdraw(ticket)
-        if placed.done() and placed.exception() is None:
-            placed.result().end(None)
+        if placed.done() and placed.exception() is None and (attempt := placed.result()) is not None:
+            attempt.end(None)
             self.admission.ended()
 
     def _record(self, choice: Choice, attempt: Attempt) -> None:

@@ -32,12 +32,12 @@ class WorkerView:
     @property
     def has_prefill_room(self) -> bool:
         """Its queue is at most one chunk: what is dispatched now starts with the next step."""
-        return self.can_take and self.queued_tokens < self.chunk_tokens and self.num_running < self.max_running
+        return self.queued_tokens < self.chunk_tokens and self.num_running < self.max_running
 
     def has_decode_room(self, num_tokens: int) -> bool:
         """Free blocks are as last reported; what was promised since, the grant sorts out."""
         has_blocks = self.free_blocks * self.block_size >= num_tokens
-        return self.can_take and self.num_running < self.max_running and has_blocks
+        return self.num_running < self.max_running and has_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ def missing_role(workers: Sequence[WorkerView], split: Split) -> str | None:
 
 def place(workers: Sequence[WorkerView], demand: Demand, split: Split, random: Random) -> Placement | None:
     """None: nobody has room now, wait."""
-    prefills = [w for w in workers if w.is_prefill]
-    decodes = [w for w in workers if not w.is_prefill]
-    if split == "never" or not any(w.can_take for w in prefills):
+    prefills = _trusted([w for w in workers if w.is_prefill], demand)
+    decodes = _trusted([w for w in workers if not w.is_prefill], demand)
+    if split == "never" or (split == "auto" and not prefills):
         whole = _least_loaded([w for w in decodes if w.has_prefill_room], demand, random)
         return Placement(None, whole.incarnation) if whole is not None else None
     prefill = _least_loaded([w for w in prefills if w.has_prefill_room], demand, random)
@@ -84,12 +84,17 @@ def place(workers: Sequence[WorkerView], demand: Demand, split: Split, random: R
     return Placement(prefill.incarnation, decode.incarnation) if decode is not None else None
 
 
+def _trusted(workers: Sequence[WorkerView], demand: Demand) -> list[WorkerView]:
+    """Those that can take work and are neither suspect nor avoided, however busy: one that fails fast always has room.
+    All that can take work when there are no others."""
+    usable = [w for w in workers if w.can_take]
+    return [w for w in usable if not w.is_suspect and w.incarnation not in demand.avoids] or usable
+
+
 def _least_loaded(workers: Sequence[WorkerView], demand: Demand, random: Random) -> WorkerView | None:
-    """Of those neither avoided nor suspect, if there are any. A worker the session prefers wins only among equals of at most
-    one request more."""
+    """A worker the session prefers wins only among equals of at most one request more."""
     if not workers:
         return None
-    workers = [w for w in workers if not w.is_suspect and w.incarnation not in demand.avoids] or workers
     least = min(_load(w) for w in workers)
     slack = workers[0].chunk_tokens if workers[0].is_prefill else 1
     preferred = [w for w in workers if w.incarnation in demand.prefers and _load(w) <= least + slack]

@@ -68,40 +68,41 @@ class TextPool:
         return await self._ask({"messages": turns}, "messages")
 
     async def _ask(self, question: dict[str, Any], field: str) -> list[int]:
-        answer = await self._ask_once(question, field)
-        if answer is None:  # its process died: of the question, or of something else
-            answer = await self._ask_once(question, field)
-        if answer is None:
-            raise InvalidInput(field, "cannot be tokenized: it costs too much memory", reason="tokenization_failed")
+        process = await self._take()
+        is_sound = False
+        try:
+            async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
+                answer = await process.ask(question)
+            is_sound = True
+        except TimeoutError as exc:
+            message = f"could not be tokenized within {limits.TOKENIZE_TIMEOUT_S:g} s; shorten it"
+            raise InvalidInput(field, message, reason="tokenization_timeout") from exc
+        except (OSError, EOFError, ValueError) as exc:
+            raise InvalidInput(
+                field, "cannot be tokenized: its tokenizer process died; shorten it", reason="tokenization_failed"
+            ) from exc
+        finally:
+            if is_sound:
+                self._idle.put_nowait(process)
+            else:  # also when cancelled half way: the answer to come belongs to nobody
+                self._replace(process)
         if "bad" in answer:
             raise InvalidInput(field, str(answer["bad"]))
         if "failed" in answer:
             raise Internal(f"tokenizer failed: {answer['failed']}")
         return list(answer["ids"])
 
-    async def _ask_once(self, question: dict[str, Any], field: str) -> dict[str, Any] | None:
-        """The answer; None when the process did not live to give one."""
+    async def _take(self) -> _Process:
+        """The next process that lives; one that died while it was idle did so of nobody's question."""
         try:
             async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
-                process = await self._idle.get()
+                while True:
+                    process = await self._idle.get()
+                    if not process.is_dead:
+                        return process
+                    self._replace(process)
         except TimeoutError as exc:
             raise Exhausted("all tokenizer processes are busy", reason="queue_full", retry_after_s=1.0) from exc
-        is_sound = False
-        try:
-            async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
-                answer = await process.ask(question)
-            is_sound = True
-            return answer
-        except TimeoutError as exc:
-            message = f"could not be tokenized within {limits.TOKENIZE_TIMEOUT_S:g} s; shorten it"
-            raise InvalidInput(field, message, reason="tokenization_timeout") from exc
-        except (OSError, EOFError, ValueError):
-            return None
-        finally:
-            if is_sound:
-                self._idle.put_nowait(process)
-            else:  # also when cancelled half way: the answer to come belongs to nobody
-                self._replace(process)
 
     def _replace(self, process: _Process) -> None:
         """Ends `process` and starts another, for as long as it takes."""
@@ -145,6 +146,14 @@ class _Process:
             await worker.kill()
             raise ModelError(str(answer["refused"]))
         return worker
+
+    @property
+    def is_dead(self) -> bool:
+        """Asked of the kernel: the event loop hears of it later."""
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # and has been collected
+            return True
 
     async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         stdin = self._process.stdin

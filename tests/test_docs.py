@@ -27,6 +27,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_no_page_has_a_gap_left_to_fill(page: Path) -> None:
+    assert not re.search(r"^[A-Z]+_HERE$", page.read_text(), re.MULTILINE)
+
+
 def test_the_request_table_has_the_ten_steps_in_order() -> None:
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.MULTILINE)
     assert rows == [(str(i + 1), step) for i, step in enumerate(STEPS)]

@@ -219,7 +219,7 @@ def given(flags: Mapping[str, object | None]) -> tuple[str, ...]:
 @contextmanager
 def running(plan: FleetPlan) -> Iterator[Fleet]:
     """A fleet that is ready; whatever happens inside, nothing of it is left afterwards."""
-    fleet = Fleet(plan, lambda line: err.print(f"[yellow]{line}[/]"))
+    fleet = Fleet(plan, lambda line: err.print(f"[yellow]{escape(line)}[/]"))
 
     def ended(number: int, _frame: object) -> None:
         raise KeyboardInterrupt

@@ -176,7 +176,8 @@ def configure_logging(service: str, level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso"),
     ]
     if sys.stderr.isatty():
-        processors.append(structlog.dev.ConsoleRenderer(pad_event_to=0))
+        # Plain tracebacks: the default shows local variables, which may be somebody's prompt.
+        processors.append(structlog.dev.ConsoleRenderer(pad_event_to=0, exception_formatter=structlog.dev.plain_traceback))
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(

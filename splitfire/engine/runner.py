@@ -90,6 +90,6 @@ def _draw(logits: Tensor, rows: Seq[SampleRow]) -> list[Drawn]:
         for i in good:
             try:
                 drawn[i] = Drawn(sample(logits[i : i + 1], [rows[i]])[0])
-            except Exception as exc:
-                drawn[i] = Drawn(None, f"sampling failed: {type(exc).__name__}")
+            except Exception:
+                drawn[i] = Drawn(None, "sampling_failed")
     return drawn

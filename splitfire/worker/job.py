@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kvtransfer.peers import PeerAddress
-from splitfire.core.errors import ExceedsContext, ExceedsPool, InvalidInput, SplitfireError, Unsupported
+from splitfire.core.errors import ExceedsContext, ExceedsPool, InvalidInput, SplitfireError, Unavailable, Unsupported
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.hashing import HASH_BYTES, BlockHash, chain_root
 from splitfire.core.layout import KvLayout
@@ -165,7 +165,7 @@ def peer_address(peer: fleet_pb2.Peer, transport: str) -> PeerAddress:
     for candidate in peer.transports:
         if candidate.name == transport:
             return PeerAddress(peer.worker_id, peer.incarnation, candidate.address)
-    raise SplitfireError(f"{peer.worker_id} does not speak {transport}", reason="no_common_transport")
+    raise Unavailable(f"{peer.worker_id} does not speak {transport}", reason="handoff_no_common_transport")
 
 
 def _handoff(submit: fleet_pb2.Submit) -> Handoff:

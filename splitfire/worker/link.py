@@ -164,6 +164,10 @@ class RouterLink:
             exc = task.exception()
             if isinstance(exc, grpc.aio.AioRpcError):
                 log.info("stream broke", router=self.options.address, code=exc.code().name, detail=exc.details())
+                if exc.code() is grpc.StatusCode.FAILED_PRECONDITION and task is tasks[0]:
+                    raise exc  # the router does not want this worker any more
+            elif isinstance(exc, asyncio.InvalidStateError):  # what a write to a stream that is over raises
+                log.info("stream is over", router=self.options.address)
             elif exc is not None:
                 raise exc
 

@@ -165,9 +165,9 @@ def test_the_message_says_what_was_asked_and_what_is_accepted(message: pb.Genera
 )
 def test_a_million_small_things_are_refused_by_their_number(message: pb.GenerateRequest, reason: str) -> None:
     """Nobody's stream waits while they are looked at one by one."""
-    began = time.perf_counter()
+    began = time.thread_time()
     assert refusal(message).reason == reason
-    assert time.perf_counter() - began < 0.02
+    assert time.thread_time() - began < 0.02
 
 
 @given(st.binary(max_size=200))

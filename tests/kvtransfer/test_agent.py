@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvtransfer import incoming as incoming_module
 from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import slot_bytes_for
 from kvtransfer.memory import Hub
@@ -19,7 +20,7 @@ from kvtransfer.receiver import Expectation, Receiver, Room
 from kvtransfer.sender import Outcome, Sender, Shipment
 from kvtransfer.transport import Transport
 from kvtransfer.ucx import UcxTransport
-from splitfire.core.errors import Mismatch, Unavailable
+from splitfire.core.errors import Unavailable
 from splitfire.v1 import kv_pb2
 from tests.kvtransfer.fakes import FINGERPRINT, LAYOUT, FakeSink, FakeSource
 
@@ -190,7 +191,7 @@ def test_one_flipped_bit_is_found_and_nothing_is_written() -> None:
         sender.computed(40)
         sender.finish([TOKEN])
         await until(lambda: source.outcome is not None)
-        assert source.outcome is Outcome.ABORTED and source.reason == "kv_digest_mismatch"
+        assert source.outcome is Outcome.ABORTED_BY_PEER and source.reason == "kv_digest_mismatch"
         assert sink.end == "kv_digest_mismatch" and not sink.written
         await until(lambda: pair.decode.num_held_slots == 0)
         pair.assert_no_leaks()
@@ -286,6 +287,33 @@ def test_a_receiver_lost_in_mid_send_costs_its_slots_and_nobody_elses_transfer()
     play(scene())
 
 
+def test_slots_that_a_sender_gave_up_on_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The receiver's stream to the router broke for a moment: prefill was told that it is gone, decode never of prefill."""
+    monkeypatch.setattr(incoming_module, "LOST_S", 0.2)
+
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        source, sink = FakeSource(1), FakeSink(1)
+        receiver = pair.expect(sink, 16 * 60, b"a" * 16)
+        pair.offer(source, 16 * 60, b"a" * 16).computed(16 * 60)
+        await until(lambda: pair.decode.receive_ring.num_lent > 0)
+        pair.prefill.peer_gone(pair.decode.incarnation)  # drops what it had queued, and everything decode says
+        receiver.close("request ended", is_retryable=False)  # the router's loss ended decode's job
+        await until(lambda: pair.decode.num_open == 0 and pair.decode.num_held_slots == 0)
+        assert pair.decode.receive_ring.num_quarantined > 0
+        pair.prefill.meet(pair.at_decode)
+        source, sink = FakeSource(2), FakeSink(2)
+        pair.expect(sink, 16 * 60, b"b" * 16)
+        sender = pair.offer(source, 16 * 60, b"b" * 16)
+        sender.computed(16 * 60)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is not None)
+        assert source.outcome is Outcome.RECEIVED
+        pair.assert_no_leaks()
+
+    play(scene())
+
+
 def test_a_peer_that_a_router_introduces_again_is_listened_to() -> None:
     """Its stream to the router broke for a moment: the same process, the same incarnation."""
 
@@ -375,6 +403,8 @@ def test_a_bug_in_one_transfer_ends_that_one_alone(
         sink.assert_right(30)
         if where != "ready":  # said received before
             assert bad_source.outcome is not Outcome.RECEIVED
+        if where != "pack":
+            assert bad_sink.end and not bad_sink.holds_blocks, "its owner was told"
         await until(lambda: pair.prefill.num_open == pair.decode.num_open == 0)
         await until(lambda: pair.prefill.num_held_slots == pair.decode.num_held_slots == 0)
         pair.assert_no_leaks()
@@ -398,7 +428,7 @@ def test_an_address_that_ucx_would_abort_on_is_an_error(damage: str) -> None:
         address.clear()
     else:
         address[4] += 1
-    with pytest.raises(Mismatch if damage == "another version" else Unavailable):
+    with pytest.raises(Unavailable, match="run the same" if damage == "another version" else "is damaged"):
         ours.connect(bytes(address))
     ours.connect(theirs.address)
 

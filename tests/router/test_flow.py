@@ -373,6 +373,42 @@ def test_a_stop_string_found_after_a_death_ends_the_answer(when: str, monkeypatc
     play(scene())
 
 
+def test_a_stop_string_found_while_the_answer_waits_for_a_place_ends_it() -> None:
+    async def scene() -> None:
+        desk = Desk(prefills=1, decodes=2)
+        asked = desk.ask(max_tokens=9)
+        d, submit = await dispatched(*desk.decodes)
+        d.output(submit.attempt, 0, [7, 8])
+        desk.report_free(0)
+        d.die()
+        await until(lambda: desk.admission.num_queued == 1)
+        asked.choice.stop()
+        await asked.task
+        assert asked.choice.finish_reason == STOP
+        assert asked.choice.state is Req.DONE
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_what_prefill_says_after_decode_has_begun_does_not_matter() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask(max_tokens=3)
+        [p], [d] = desk.prefills, desk.decodes
+        _, submit = await dispatched(p)
+        p.output(submit.attempt, 0, [7])
+        d.output(submit.attempt, 0, [7, 8])
+        p.refuse(submit.attempt, "handoff_aborted")
+        d.output(submit.attempt, 2, [9])
+        d.finish(submit.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8, 9]
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
 @pytest.mark.parametrize(("code", "expected"), [(3, Code.INVALID_ARGUMENT), (9, Code.FAILED_PRECONDITION), (0, Code.INTERNAL)])
 def test_a_workers_final_word_keeps_its_code(code: int, expected: Code) -> None:
     async def scene() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -31,6 +32,22 @@ def view(name: str, *, running: int = 0, queued: int = 0, can_take: bool = True,
 def test_the_least_loaded_worker_of_each_role_is_taken() -> None:
     fleet = [view("p0", queued=100), view("p1", queued=10), view("d0", running=3), view("d1", running=1)]
     assert place(fleet, DEMAND, "auto", Random(0)) == Placement(b"p1", b"d1")
+
+
+def test_a_worker_that_failed_gets_nothing_while_another_is_merely_busy() -> None:
+    """One that refuses fast always has room."""
+    busy, failing = view("d0", running=8), view("d1")
+    demand = replace(DEMAND, avoids=frozenset({b"d1"}))
+    assert place([view("p0"), busy, failing], demand, "auto", Random(0)) is None
+    assert place([view("p0"), failing], demand, "auto", Random(0)) == Placement(b"p0", b"d1"), "the last of a role"
+    suspect = replace(failing, is_suspect=True)
+    assert place([view("p0"), busy, suspect], DEMAND, "auto", Random(0)) is None
+
+
+def test_always_split_never_computes_a_prompt_on_decode() -> None:
+    assert place([view("d0")], DEMAND, "always", Random(0)) is None
+    assert place([view("p0", can_take=False), view("d0")], DEMAND, "always", Random(0)) is None
+    assert place([view("p0", can_take=False), view("d0")], DEMAND, "auto", Random(0)) == Placement(None, b"d0")
 
 
 def test_ties_are_broken_at_random() -> None:

@@ -146,7 +146,12 @@ def test_a_tokenizer_process_that_dies_is_replaced_and_nobody_notices() -> None:
         await pool.start()
         expected = await pool.encode("hello")
         for _ in range(2):
-            os.kill(pool._idle._queue[0]._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            victim = pool._idle._queue[0]  # type: ignore[attr-defined]
+            os.kill(victim._process.pid, signal.SIGKILL)
+            for _ in range(1000):
+                if victim.is_dead:
+                    break
+                time.sleep(0.001)  # noqa: ASYNC251 - the event loop is not to hear of it before the question comes
             assert await pool.encode("hello") == expected
         await pool.close()
 
