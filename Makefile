@@ -27,8 +27,8 @@ bench-%:
 
 pico:            ## train the built-in models again (hours)
 	.venv/bin/python models/train_pico.py data
-	.venv/bin/python models/train_pico.py train --compile
-	.venv/bin/python models/train_pico.py draft --compile
+	.venv/bin/python models/train_pico.py train --compile --tokens 20e6
+	.venv/bin/python models/train_pico.py draft --compile --tokens 5e6
 	.venv/bin/python models/train_pico.py eval
 
 clean:

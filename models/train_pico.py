@@ -6,8 +6,8 @@ held-out. Steps, each resumable and each a sub-command: `data` (tokenizer and to
 (held-out bits per byte beside a byte 5-gram). The architecture is transformers' own Llama, so that
 what is saved is a plain Hugging Face directory and nothing of Splitfire is needed to make it.
 
-    python models/train_pico.py data && python models/train_pico.py train --minutes 600
-    python models/train_pico.py draft --minutes 120 && python models/train_pico.py eval
+    python models/train_pico.py data && python models/train_pico.py train --tokens 20e6
+    python models/train_pico.py draft --tokens 5e6 && python models/train_pico.py eval
 """
 
 from __future__ import annotations
