@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -51,7 +52,7 @@ def machine() -> str:
             model = line.split(":", 1)[1].strip()
             break
     memory = int(Path("/proc/meminfo").read_text().split()[1]) // 1048576
-    return f"{model}, {len(__import__('os').sched_getaffinity(0))} cores, {memory} GiB, Linux {platform.release().split('-')[0]}"
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory} GiB, Linux {platform.release().split('-')[0]}"
 
 
 def commit() -> str:
@@ -65,7 +66,7 @@ def write(name: str, rows: Sequence[Row], command: str | None = None) -> Path:
         "benchmark": name,
         "machine": machine(),
         "commit": commit(),
-        "command": command or " ".join(["python", *sys.argv]),
+        "command": command or " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parents[1]), *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "rows": [asdict(row) for row in rows],

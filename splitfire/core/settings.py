@@ -142,7 +142,7 @@ class WorkerSettings(ServiceSettings):
     kv_dtype: Dtype = Field("auto", description="of the KV pool; auto: the dtype of computation")
     block_size: Annotated[int, Field(ge=8, le=256), AfterValidator(_power_of_two)] = Field(32, description="tokens a KV block")
     kv_memory: Bytes | None = Field(
-        None, ge=1 << 20, description="size of the KV pool, such as 512MiB; default: one sequence of max_context, at least 256MiB"
+        None, ge=1 << 20, description="size of the KV pool, such as 512MiB; default: one sequence of max_context, at least 128MiB"
     )
     chunk_tokens: int | None = Field(None, ge=16, le=65536, description="tokens one step computes at most; default: by device")
     max_running: int = Field(64, ge=1, le=1024, description="sequences in one batch")

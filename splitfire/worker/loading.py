@@ -30,7 +30,7 @@ log = structlog.get_logger("worker")
 # A chunk is long enough to keep the processor busy and short enough that little KV is left to ship when the prompt is done.
 # CPU: of 512 and 256, the shorter one costs 1 % of prefill and halves the gap to token 2 (benchmarks/serve.py handoff).
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
-MIN_KV_MEMORY = 256 << 20  # when nobody says how much
+MIN_KV_MEMORY = 128 << 20  # when nobody says how much
 WEIGHT_FORMAT = "plain"  # weights as stored, converted to the dtype of computation
 
 

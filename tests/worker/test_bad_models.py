@@ -210,7 +210,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated() -> None:
 def test_the_pool_holds_the_longest_sequence_when_nobody_says_how_much() -> None:
     layout = KvLayout("bf16", num_layers=24, num_kv_heads=2, head_dim=64, block_size=32)
     assert num_blocks_of(None, layout, 32768) == 32768 // 32 + 1
-    assert num_blocks_of(None, layout, 512) * layout.block_bytes <= 256 << 20
+    assert num_blocks_of(None, layout, 512) * layout.block_bytes <= 128 << 20
 
 
 def test_heads_that_do_not_divide_the_hidden_size(model: Path) -> None:
