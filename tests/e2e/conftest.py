@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e.fleets import RunningFleet, start_fleet
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sigint_as_at_a_terminal() -> None:
+    """A shell that starts something in the background makes it ignore SIGINT, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
