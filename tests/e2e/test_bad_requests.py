@@ -268,24 +268,31 @@ CALL = (
 
 
 @pytest.mark.parametrize(
-    "attack", ["rapid reset", "ping flood", "settings flood", "continuation flood", "streams without requests"]
+    "attack",
+    ["rapid reset", "ping flood", "settings flood", "continuation flood", "streams without requests", "bad base64", "tiny window"],
 )
 def test_http2_floods_do_not_hold_up_others(pico: RunningFleet, attack: str) -> None:
     """B45, F48: the connection may be closed; everybody else goes on."""
     host, port = pico.address.split(":")
+    message = greedy(count=5).SerializeToString()
+    framed = b"\0" + len(message).to_bytes(4, "big") + message  # a gRPC message, uncompressed
+    num_frames = 60 if attack == "tiny window" else 5000  # each of these is a request that is served, and never read
+    window = b"\0\x04\0\0\0\x01" if attack == "tiny window" else b""  # SETTINGS_INITIAL_WINDOW_SIZE = 1
     floods: dict[str, Callable[[int], bytes]] = {
         "rapid reset": lambda i: http2_frame(1, 4, 2 * i + 1, CALL) + http2_frame(3, 0, 2 * i + 1, b"\0\0\0\x08"),
         "continuation flood": lambda i: http2_frame(9, 0, 1, b"\x40\x01a\x01b" * 200) if i else http2_frame(1, 0, 1, CALL),
         "streams without requests": lambda i: http2_frame(1, 4, 2 * i + 1, CALL),
+        "bad base64": lambda i: http2_frame(1, 4, 2 * i + 1, CALL + b"\x00\x05x-bin\x04!!!!"),  # B39
+        "tiny window": lambda i: http2_frame(1, 4, 2 * i + 1, CALL) + http2_frame(0, 1, 2 * i + 1, framed),
         "ping flood": lambda i: http2_frame(6, 0, 0, i.to_bytes(8, "big")),
         "settings flood": lambda i: http2_frame(4, 0, 0, b""),
     }
     one = floods[attack]
     with socket.create_connection((host, int(port)), timeout=5) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, 0, b""))
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, 0, window))
         connection.settimeout(0.5)
         try:
-            for i in range(5000):
+            for i in range(num_frames):
                 connection.sendall(one(i))
         except OSError:
             pass
