@@ -19,6 +19,7 @@ from splitfire.cli.client import Client, ServerError
 from splitfire.cli.render import fleet_table, pair_line, print_waterfall
 from splitfire.cli.supervisor import Fleet, FleetPlan, default_cpus, free_port
 from splitfire.core.errors import ConfigError, one_line
+from splitfire.core.model_dir import ModelDir
 from splitfire.core.model_source import resolve_model, served_name
 from splitfire.core.settings import exit_with, parse_cpus
 from splitfire.v1 import inference_pb2 as pb
@@ -198,6 +199,7 @@ def make_plan(
     if not any(cpus):
         cpus = default_cpus(num_prefill, num_decode)
     path = resolve_model(model)  # once, here, where a download's progress can be seen
+    ModelDir(path)  # refuses what no service could load, before any is started
     return FleetPlan(
         str(path),
         served_name(model, path),

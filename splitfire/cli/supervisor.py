@@ -85,6 +85,7 @@ class Fleet:
     children: list[Child] = field(default_factory=list)
     is_ready: bool = False
     has_lost_child: bool = False
+    _worker_port: int = 0
 
     @property
     def address(self) -> str:
@@ -95,7 +96,7 @@ class Fleet:
         token_file = self.directory / "fleet-token"
         token_file.touch(mode=0o600)
         token_file.write_text(secrets.token_hex(32))
-        worker_port = free_port()
+        worker_port = self._worker_port = free_port()
         shared = [f"--model={plan.model}", f"--fleet-token-file={token_file}", *plan.shared_flags]
         name = f"--model-name={plan.model_name}"
         self._add(
@@ -120,7 +121,8 @@ class Fleet:
                         raise ConfigError(f"{child.name}: {child.last_line()}")
                 with contextlib.suppress(ServerError):
                     fleet = client.fleet(timeout_s=1.0)
-                    if len(fleet.workers) == wanted:
+                    is_ours = f"127.0.0.1:{self._worker_port}" in fleet.worker_ports  # not a router that had the port before
+                    if is_ours and len(fleet.workers) == wanted:
                         pairs_deadline = pairs_deadline or time.monotonic() + PAIR_TIMEOUT_S
                         if len(fleet.pairs) == self.plan.num_prefill * self.plan.num_decode or time.monotonic() > pairs_deadline:
                             self.is_ready = True
@@ -142,7 +144,8 @@ class Fleet:
                     raise ConfigError(f"{child.name}: {child.last_line()}")
                 if now - child.started_at > MAX_RESTART_S:  # it was well for a while
                     child.delay_s = FIRST_RESTART_S
-                self.say(f"{child.name} ended with code {code} ({child.last_line()}); starting it again in {child.delay_s:g} s")
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code} ({child.last_line()})"
+                self.say(f"{child.name} {how}; starting it again in {child.delay_s:g} s")
                 child.restart_at = now + child.delay_s
                 child.delay_s = min(child.delay_s * 2, MAX_RESTART_S)
 

@@ -376,6 +376,22 @@ def test_a_port_in_use_is_one_line_and_exit_code_2() -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_another_fleets_router_on_the_port_is_not_taken_for_our_own(pico: RunningFleet) -> None:
+    port = pico.address.split(":")[1]
+    command = [*SPLITFIRE, "up", "pico", f"--port={port}"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert ended.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "ready" not in ended.stdout
+
+
+def test_a_model_that_is_not_there_is_refused_before_anything_starts() -> None:
+    command = [*SPLITFIRE, "up", "nope", "--port=0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "splitfire: nope: No such file or directory; give a model directory, a hub id, or pico\n"
+
+
 def test_a_worker_that_cannot_start_ends_the_fleet_with_its_own_line() -> None:
     """F74."""
     command = [*SPLITFIRE, "up", "pico", "--port=0", "--kv-memory=1MiB"]
