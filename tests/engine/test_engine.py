@@ -10,8 +10,10 @@ import torch
 
 from splitfire.core.sampling import SamplingParams
 from splitfire.engine import runner as runner_module
+from splitfire.engine.blocks import BlockState
 from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
 from splitfire.engine.models.transformer import Transformer
+from splitfire.engine.runner import Drawn
 from splitfire.engine.sequence import Purpose
 from tests.checkpoints import PICO as PICO_DIR
 from tests.checkpoints import VOCAB, assert_greedy, family_configs, pico_oracle, save_checkpoint
@@ -159,6 +161,16 @@ def test_nan_logits_isolated(llama: Transformer, monkeypatch: pytest.MonkeyPatch
     updates = drain(engine)
     assert [u.error for u in updates if u.seq_id == bad.seq_id and u.is_finished] == ["nonfinite_logits"]
     assert tokens_of(updates, again) == expected
+    assert_no_leaks(engine)
+
+
+def test_kv_of_a_sequence_that_is_not_finite_is_shared_with_nobody(llama: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(llama)
+    monkeypatch.setattr(runner_module, "_draw", lambda logits, rows: [Drawn(None, "nonfinite_logits") for _ in rows])
+    engine.add(make_spec(prompt(100), 5))
+    updates = drain(engine)
+    assert updates[-1].error == "nonfinite_logits"
+    assert engine.blocks.counts()[BlockState.CACHED] == 0
     assert_no_leaks(engine)
 
 

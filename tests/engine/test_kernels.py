@@ -148,6 +148,19 @@ def test_what_is_packed_is_what_is_unpacked(source: str, target: str, ids: list[
     assert torch.equal(there.data[untouched], before[untouched])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("target", sorted(TORCH_DTYPES))
+def test_a_pool_on_a_gpu_packs_into_host_memory(target: str) -> None:
+    here, there = random_pool("bf16"), KvPool(KvLayout(target, 3, KV_HEADS, DIM, BLOCK), 9, torch.device("cuda"))
+    on_gpu = KvPool(here.layout, 9, torch.device("cuda"))
+    on_gpu.data.copy_(here.data)
+    payload = poisoned(2 * there.layout.block_bytes)
+    pack(on_gpu, [3, 5], 2 * BLOCK, target, payload)
+    unpack(there, [1, 0], target, payload)
+    assert torch.equal(there.data[[1, 0]].cpu(), here.data[[3, 5]].to(there.data.dtype))
+
+
 def spec_sum(block: bytes) -> int:
     """kv.proto's digest sum, written down once more in plain Python."""
     total = 0

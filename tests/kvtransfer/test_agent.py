@@ -15,6 +15,7 @@ from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import slot_bytes_for
 from kvtransfer.memory import Hub
 from kvtransfer.peers import PeerAddress
+from kvtransfer.probe import PairMeter
 from kvtransfer.protocol import Send
 from kvtransfer.receiver import Expectation, Receiver, Room
 from kvtransfer.sender import Outcome, Sender, Shipment
@@ -350,6 +351,29 @@ def test_a_measurement_that_starts_over_leaks_no_slot() -> None:
         await until(lambda: bool(results))
         await until(lambda: pair.decode.num_held_slots == pair.prefill.num_held_slots == 0)
         pair.assert_no_leaks()
+
+    play(scene())
+
+
+def test_pongs_of_an_earlier_measurement_give_their_slots_back_and_count_for_nothing() -> None:
+    sent: list[kv_pb2.KvMessage] = []
+    filled: list[int] = []
+    results: list[float] = []
+
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        meter = PairMeter(
+            pair.prefill, sent.append, lambda slot: filled.append(slot.index), lambda rtt, _rate, _path: results.append(rtt)
+        )
+        meter.start()
+        run = sent[0].ping.run
+        old = kv_pb2.Pong(run=run ^ 1, num_arrived=32)
+        old.slots.slots.add(index=3, generation=1)
+        for _ in range(40):
+            meter.on_pong(old)
+        assert (meter.num_pongs, len(filled), len(sent), results) == (0, 40, 1, [])
+        meter.on_pong(kv_pb2.Pong(run=run))
+        assert (meter.num_pongs, len(sent)) == (1, 2)
 
     play(scene())
 

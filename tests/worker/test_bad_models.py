@@ -472,6 +472,17 @@ def test_a_directory_that_others_can_change_is_noticed(model: Path, monkeypatch:
 # F67
 
 
+def test_what_max_context_does_to_dynamic_rope_enters_the_fingerprint(model: Path) -> None:
+    """Two workers with other lengths would rotate the same key by other angles."""
+    plain = ModelDir(model)
+    assert plain.rope_digest(512) == plain.rope_digest(4096)
+    edit_config(model, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    dynamic = ModelDir(model)
+    positions = dynamic.config.max_positions
+    assert dynamic.rope_digest(2 * positions) != dynamic.rope_digest(3 * positions)
+    assert dynamic.rope_digest(positions // 2) == dynamic.rope_digest(positions), "inside the window nothing changes"
+
+
 def test_the_weights_digest_tells_one_changed_byte(model: Path) -> None:
     path = model / "model.safetensors"
     before = weights_digest([path])
