@@ -141,8 +141,9 @@ def test_a_killed_decode_worker_is_resumed_with_the_same_tokens(two_decodes: Run
     """F08, P9."""
     fleet = two_decodes
     prompt = [p + tokens for p in PROMPT]
-    expected = fleet.ids(prompt, 120)
-    call = fleet.stub.Generate(greedy(prompt, 120))
+    expected = fleet.ids(prompt, 320)  # two seconds: long enough for a report of who is busy
+    fleet.assert_no_leaks()
+    call = fleet.stub.Generate(greedy(prompt, 320))
     ids = first_tokens(call, tokens)
     [busy] = [w for w in _until_busy(fleet) if w.running_sequences]
     fleet.process(busy.worker_id).kill()
