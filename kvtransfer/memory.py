@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kvtransfer.transport import Done, Link, OnControl
+from splitfire.core.errors import Unavailable
 
 
 @dataclass(slots=True)
@@ -50,6 +51,8 @@ class MemoryTransport:
         return memoryview(mmap.mmap(-1, num_bytes))
 
     def connect(self, address: bytes) -> Link:
+        if address not in self.hub.nodes:
+            raise Unavailable("there is no such node in the hub", reason="handoff_unreachable")
         return _MemoryLink(self.hub, self.address, address)
 
     def receive(self, tag: int, buffer: memoryview, done: Done) -> None:
@@ -59,6 +62,9 @@ class MemoryTransport:
             asyncio.get_running_loop().call_soon(_complete, buffer, done, message, sent)
         else:
             self._posted[tag] = (buffer, done)
+
+    def cancel(self, tag: int) -> bool:
+        return self._posted.pop(tag, None) is not None
 
     def close(self) -> None:
         self.hub.lose(self.address)

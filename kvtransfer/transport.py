@@ -44,6 +44,10 @@ class Transport(Protocol):
     def receive(self, tag: int, buffer: memoryview, done: Done) -> None:
         """Posts a receive; `done` is called when a message has filled (the beginning of) the buffer."""
 
+    def cancel(self, tag: int) -> bool:
+        """Takes back a posted receive. True when it is certain that nothing will be written to its buffer any more; `done` is
+        then never called."""
+
     def close(self) -> None: ...
 
 

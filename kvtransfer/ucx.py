@@ -1,7 +1,7 @@
 """UCX through ucxx's core objects: shared memory between processes of one host, RDMA or TCP between hosts.
 
 What was learnt the hard way (docs/decisions/0003-ucx.md): endpoints made from worker addresses, with error handling on
-and allowed for the shared-memory transports, move 10-18 GB/s between processes; host:port endpoints fall to TCP. A dead
+and allowed for the shared-memory transports, move 7-10 GB/s between processes; host:port endpoints fall to TCP. A dead
 peer is not reported on that path, and `close` may block, so links are parked, never closed. UCX prints its log to
 stdout unless told otherwise, before it is loaded.
 
@@ -13,8 +13,11 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import secrets
 import struct
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,9 @@ from typing import Any
 import numpy as np
 import structlog
 
+from kvtransfer.frames import MAX_FRAME_BYTES
 from kvtransfer.transport import Done, Link, OnControl
 from splitfire.core.errors import ConfigError, Unavailable
-from splitfire.core.limits import MAX_CONTROL_BYTES
 
 for _name, _value in {
     "UCX_POSIX_ERROR_HANDLING": "y",
@@ -39,10 +42,11 @@ from ucxx._lib.arr import Array  # noqa: E402
 
 log = structlog.get_logger("worker")
 _ADDRESS = struct.Struct("<3sBB8s")  # magic, UCX major and minor version, checksum; UCX's own address follows
-CONTROL_KIND, PAYLOAD_KIND = 1 << 56, 2 << 56
+CONTROL_KIND, PAYLOAD_KIND = 1 << 56, 2 << 56  # beside it: the id of the link, or the slot's tag
 KIND_MASK = 0xFF << 56
-MAX_FRAME_BYTES = MAX_CONTROL_BYTES + 32
+ANY_CONTROL, KIND_TAG_MASK = libucxx.UCXXTag(CONTROL_KIND), libucxx.UCXXTagMask(KIND_MASK)
 ROUNDS_PER_TURN = 64  # of progress, before the event loop gets its turn
+BUSY_S = 0.001  # until the next turn when a whole one moved nothing and UCX would not be armed
 
 
 @dataclass(slots=True)
@@ -52,6 +56,15 @@ class _Operation:
     request: Any
     buffer: Any
     done: Done
+
+
+@dataclass(slots=True)
+class _Arriving:
+    """A control frame whose receive was posted. `error` when it was too long."""
+
+    data: Any
+    is_complete: bool = False
+    error: Exception | None = None
 
 
 class UcxTransport:
@@ -73,8 +86,10 @@ class UcxTransport:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_control: OnControl | None = None
         self._operations: list[_Operation] = []
+        self._arriving: dict[int, deque[_Arriving]] = {}  # by link, in the order of its sends
         self._parked: list[Any] = []
         self._is_kicked = False
+        self._retry: asyncio.TimerHandle | None = None
 
     def start(self, on_control: OnControl) -> None:
         self._on_control = on_control
@@ -99,10 +114,16 @@ class UcxTransport:
         array = Array(np.frombuffer(buffer, np.uint8))
         self.began(self._worker.tag_recv(array, libucxx.UCXXTag(PAYLOAD_KIND | tag)), array, done)
 
+    def cancel(self, tag: int) -> bool:
+        return False  # the peer may be writing by rendezvous, and UCX does not say when it stopped
+
     def close(self) -> None:
         if self._loop is not None:
             self._loop.remove_reader(self._worker.epoll_file_descriptor)
             self._loop = None
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         self._operations.clear()
 
     def park(self, endpoint: Any) -> None:
@@ -117,20 +138,37 @@ class UcxTransport:
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        """Progress until nothing moves, then arm: the descriptor becomes readable when something does."""
+        """Progress until nothing moves, then arm: the descriptor becomes readable when something does.
+
+        UCX refuses to be armed, and the descriptor stays readable, while a peer whose loop is busy has not taken what was sent
+        to it. Turning on and on would burn this core for as long, so neither is asked for a moment (0.13 -> 0.04 s of 0.2).
+        """
         self._is_kicked = False
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+            if self._loop is not None:
+                self._loop.add_reader(self._worker.epoll_file_descriptor, self._turn)
         if self._loop is None:
             return
+        is_fruitful = False
         for _ in range(ROUNDS_PER_TURN):
             self._worker.progress()
             has_moved = self._complete_operations()
             has_moved |= self._receive_control()
             if not has_moved and self._worker.arm():
                 return
-        self._is_kicked = True
-        self._loop.call_soon(self._turn)
+            is_fruitful |= has_moved
+        if is_fruitful:
+            self._is_kicked = True
+            self._loop.call_soon(self._turn)
+        else:
+            self._loop.remove_reader(self._worker.epoll_file_descriptor)
+            self._retry = self._loop.call_later(BUSY_S, self._turn)
 
     def _complete_operations(self) -> bool:
+        if not self._operations:
+            return False
         done: list[_Operation] = []
         pending: list[_Operation] = []
         for operation in self._operations:
@@ -139,21 +177,13 @@ class UcxTransport:
             return False
         self._operations = pending
         for operation in done:
-            error: Exception | None = None
-            try:
-                operation.request.check_error()
-            except libucxx.UCXError as exc:
-                error = exc
-            try:
-                operation.done(error)
-            except Exception:  # one transfer's bug must not cost the others their completions
-                log.exception("completion failed")
+            _finish(operation.request, operation.done)
         return True
 
     def _receive_control(self) -> bool:
         has_moved = False
         while True:
-            found = self._worker.tag_probe(libucxx.UCXXTag(CONTROL_KIND), libucxx.UCXXTagMask(KIND_MASK), True)
+            found = self._worker.tag_probe(ANY_CONTROL, KIND_TAG_MASK, True)
             if not found.matched:
                 return has_moved
             has_moved = True
@@ -161,11 +191,39 @@ class UcxTransport:
             data = np.empty(min(found.length, MAX_FRAME_BYTES), np.uint8)
             array = Array(data)
             request = self._worker.tag_recv_with_handle(array, found)
-            self.began(request, array, lambda exc, data=data: self._deliver(exc, data))  # type: ignore[misc]
+            link = found.sender_tag.value
+            if request.completed and link not in self._arriving:  # a small frame is here already, and overtakes none
+                _finish(request, partial(self._deliver, data))
+                continue
+            frame = _Arriving(data)
+            self._arriving.setdefault(link, deque()).append(frame)
+            self.began(request, array, partial(self._arrived, link, frame))
 
-    def _deliver(self, exc: Exception | None, data: Any) -> None:
+    def _arrived(self, link: int, frame: _Arriving, exc: Exception | None) -> None:
+        """Frames complete out of order when a long one goes by rendezvous; one that never does holds up its own link alone."""
+        frame.error, frame.is_complete = exc, True
+        queue = self._arriving[link]
+        while queue and queue[0].is_complete:
+            first = queue.popleft()
+            self._deliver(first.data, first.error)
+        if not queue:
+            del self._arriving[link]
+
+    def _deliver(self, data: Any, exc: Exception | None) -> None:
         if exc is None and self._on_control is not None:
             self._on_control(memoryview(data))
+
+
+def _finish(request: Any, done: Done) -> None:
+    error: Exception | None = None
+    try:
+        request.check_error()
+    except libucxx.UCXError as exc:
+        error = exc
+    try:
+        done(error)
+    except Exception:  # one transfer's bug must not cost the others their completions
+        log.exception("completion failed")
 
 
 def _seal(address: bytes) -> bytes:
@@ -200,16 +258,21 @@ class _UcxLink:
     def __init__(self, transport: UcxTransport, endpoint: Any) -> None:
         self._transport = transport
         self._endpoint = endpoint
+        self._control_tag = libucxx.UCXXTag(CONTROL_KIND | secrets.randbits(56))  # tells the receiver which frames are in one order
 
     def send_control(self, frame: bytes) -> None:
-        self._send(CONTROL_KIND, np.frombuffer(frame, np.uint8), lambda _exc: None)
+        array = Array(np.frombuffer(frame, np.uint8))
+        request = self._endpoint.tag_send(array, self._control_tag)
+        if not request.completed:  # a small frame is gone at once, and nothing has to be watched
+            self._transport.began(request, array, _ignore)
 
     def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
-        self._send(PAYLOAD_KIND | tag, np.frombuffer(message, np.uint8), done)
+        array = Array(np.frombuffer(message, np.uint8))
+        self._transport.began(self._endpoint.tag_send(array, libucxx.UCXXTag(PAYLOAD_KIND | tag)), array, done)
 
     def close(self) -> None:
         self._transport.park(self._endpoint)
 
-    def _send(self, tag: int, data: Any, done: Done) -> None:
-        array = Array(data)
-        self._transport.began(self._endpoint.tag_send(array, libucxx.UCXXTag(tag)), array, done)
+
+def _ignore(_exc: Exception | None) -> None:
+    """A control frame that is lost is missed by its number."""
