@@ -154,17 +154,26 @@ class Engine:
 
     # -- any thread
 
+    @property
+    def is_short(self) -> bool:
+        """Sequences that run may soon find no block, while some are lent to intake."""
+        with self.lock:
+            num_running = len(self._scheduler.running)
+            return self._num_reserved > 0 and num_running > 0 and self.blocks.num_available < (num_running + 1) // 2
+
     def reserve(self, spec: SequenceSpec) -> Reservation | None:
-        """Blocks for a sequence whose KV will arrive; None when there are not enough, or too many sequences, right now."""
+        """Blocks for a sequence whose KV will arrive; None when there are not enough, or too many sequences, right now.
+        A block for each running sequence is left."""
         size = self.runner.pool.layout.block_size
         wanted = self.runner.pool.layout.blocks_for(spec.num_tokens)
         with self.lock:
             if self._num_reserved + len(self._scheduler.running) >= self._budget.max_running:
                 return None
             pinned = self.blocks.match(spec.block_hashes[: (spec.num_tokens - 1) // size])
+            num_left = self.blocks.num_available - (wanted - len(pinned))
             rest = self.blocks.allocate(wanted - len(pinned), BlockState.RESERVED)
-            if rest is None:
-                self.blocks.release(pinned)
+            if rest is None or num_left < len(self._scheduler.running):
+                self.blocks.release([*pinned, *(rest or ())])
                 return None
             self._num_reserved += 1
         return Reservation(spec, [*pinned, *rest], len(pinned))

@@ -48,7 +48,7 @@ class Runner:
             return dict(zip(sampled, _draw(logits, [_row(slices[i]) for i in sampled]), strict=True))
 
     def _inputs(self, slices: Seq[Slice]) -> StepInput:
-        device, size = self.pool.data.device, self.pool.layout.block_size
+        device, size = self.pool.device, self.pool.layout.block_size
         tokens: list[int] = []
         positions: list[int] = []
         blocks: list[int] = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from splitfire.core.lifecycle import Seq, SeqEvent
 from splitfire.engine.blocks import BlockPool
-from splitfire.engine.sequence import SeqId, Sequence
+from splitfire.engine.sequence import Purpose, SeqId, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, end: int, slices: dict[SeqId, Slice]) -> bool:
         """Gets the blocks for tokens up to `end`; False when `sequence` itself had to give way."""
         while not self._grow(sequence, end):
-            victim = self.running[-1]  # the newest of the lowest class
+            # The newest of the lowest class. Never a prompt for another worker: the hand-off reads its blocks.
+            victim = next(s for s in reversed(self.running) if s is sequence or s.spec.purpose is Purpose.GENERATE)
             slices.pop(victim.spec.seq_id, None)
             self._preempt(victim)
             if victim is sequence:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import random
-from hashlib import blake2b
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from splitfire.core.layout import KvLayout
 from splitfire.engine.kernels.attention import QUERY_TILE, QuerySpan, attend, plan_attention
 from splitfire.engine.kernels.norm import rms_norm, silu_mul
-from splitfire.engine.kernels.pack import block_sums, pack, unpack
-from splitfire.engine.pool import TORCH_DTYPES, KvPool
+from splitfire.engine.kernels.quantise import dequantise, quantise
+from splitfire.engine.kernels.rope import CacheTargets, Rotation, rope_norm_write, rotate
+from splitfire.engine.pool import LayerCache
 
 BLOCK, KV_HEADS, GROUP, DIM = 16, 2, 3, 32
 CPU = torch.device("cpu")
@@ -78,7 +77,7 @@ def reference(q: torch.Tensor, kv: torch.Tensor, window: int | None) -> torch.Te
 )
 def test_attend_equals_plain_attention(shapes: list[tuple[int, int]], window: int | None) -> None:
     q, cache, spans, contents = attention_case(shapes)
-    out = attend(q, cache, plan_attention(spans, CPU), DIM**-0.5, window)
+    out = attend(q, LayerCache(cache, None), plan_attention(spans, CPU), DIM**-0.5, window)
     assert not out.isnan().any()
     for span, kv in zip(spans, contents, strict=True):
         expected = reference(q[span.begin : span.end], kv, window)
@@ -88,7 +87,7 @@ def test_attend_equals_plain_attention(shapes: list[tuple[int, int]], window: in
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_attention_is_as_good_as_plain_torchs(dtype: torch.dtype) -> None:
     q, cache, spans, contents = attention_case([(40, 100), (1, 77)], dtype)
-    out = attend(q, cache, plan_attention(spans, CPU), DIM**-0.5)
+    out = attend(q, LayerCache(cache, None), plan_attention(spans, CPU), DIM**-0.5)
     for span, kv in zip(spans, contents, strict=True):
         mine = q[span.begin : span.end]
         exact = reference(mine, kv, None)
@@ -116,74 +115,56 @@ def test_rms_norm_and_silu_mul_follow_their_formulas() -> None:
     torch.testing.assert_close(silu_mul(gate_up), gate_up[:, :5] * torch.sigmoid(gate_up[:, :5]) * gate_up[:, 5:])
 
 
-# -- pack and unpack
+# -- quantised caches
 
 
-def random_pool(dtype: str, num_blocks: int = 9, seed: int = 0) -> KvPool:
-    pool = KvPool(KvLayout(dtype, 3, KV_HEADS, DIM, BLOCK), num_blocks, CPU)
-    pool.data.copy_(torch.randn(pool.data.shape, generator=torch.Generator().manual_seed(seed)))
-    return pool
+def quantised_cache(cache: torch.Tensor, dtype: torch.dtype) -> LayerCache:
+    """The same KV quantised. What was NaN has NaN scales, and elements that would show if they were seen."""
+    elements, scales = quantise(cache, dtype)
+    elements.view(torch.uint8)[scales.isnan()] = 0x55
+    return LayerCache(elements, scales)
 
 
-def poisoned(num_bytes: int) -> torch.Tensor:
-    return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("shapes", [[(1, 1)], [(17, 40), (1, 9), (QUERY_TILE + 1, QUERY_TILE + 30), (1, 250)], [(300, 300)]])
+def test_attention_over_a_quantised_cache_is_attention_over_what_it_stands_for(
+    shapes: list[tuple[int, int]], window: int | None, dtype: torch.dtype
+) -> None:
+    """Exactly: to the bit what an fp32 cache of the dequantised numbers gives. And no NaN scale of a position that was never
+    written gets into it."""
+    q, cache, spans, _ = attention_case(shapes)
+    quantised = quantised_cache(cache, dtype)
+    assert quantised.scales is not None and quantised.scales.isnan().any()
+    plan = plan_attention(spans, CPU)
+    out = attend(q, quantised, plan, DIM**-0.5, window)
+    assert out.isfinite().all()
+    same = LayerCache(dequantise(quantised.elements, quantised.scales), None)
+    assert torch.equal(out, attend(q, same, plan, DIM**-0.5, window))
+    exact = attend(q, LayerCache(cache, None), plan, DIM**-0.5, window)
+    assert (out - exact).norm() / exact.norm() < (0.015 if dtype == torch.int8 else 0.06)
 
 
-@pytest.mark.parametrize("source", sorted(TORCH_DTYPES))
-@pytest.mark.parametrize("target", sorted(TORCH_DTYPES))
-@pytest.mark.parametrize(("ids", "num_tokens"), [([3], 1), ([3], BLOCK), ([5, 0, 8], 2 * BLOCK + 3), ([1, 2], 2 * BLOCK)])
-def test_what_is_packed_is_what_is_unpacked(source: str, target: str, ids: list[int], num_tokens: int) -> None:
-    here, there = random_pool(source), random_pool(target, seed=9)
-    before = there.data.clone()
-    payload = poisoned(len(ids) * there.layout.block_bytes)
-    pack(here, ids, num_tokens, target, payload)
-    landing = [7, 4, 2][: len(ids)]
-    unpack(there, landing, target, payload)
-    for i, (block, landed) in enumerate(zip(ids, landing, strict=True)):
-        valid = min(max(num_tokens - i * BLOCK, 0), BLOCK)
-        expected = here.data[block].to(there.data.dtype)
-        assert torch.equal(there.data[landed][..., :valid, :], expected[..., :valid, :])
-        assert not there.data[landed][..., valid:, :].any(), "positions past the valid tokens are zero (K14)"
-    untouched = [b for b in range(9) if b not in landing]
-    assert torch.equal(there.data[untouched], before[untouched])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("target", sorted(TORCH_DTYPES))
-def test_a_pool_on_a_gpu_packs_into_host_memory(target: str) -> None:
-    here, there = random_pool("bf16"), KvPool(KvLayout(target, 3, KV_HEADS, DIM, BLOCK), 9, torch.device("cuda"))
-    on_gpu = KvPool(here.layout, 9, torch.device("cuda"))
-    on_gpu.data.copy_(here.data)
-    payload = poisoned(2 * there.layout.block_bytes)
-    pack(on_gpu, [3, 5], 2 * BLOCK, target, payload)
-    unpack(there, [1, 0], target, payload)
-    assert torch.equal(there.data[[1, 0]].cpu(), here.data[[3, 5]].to(there.data.dtype))
-
-
-def spec_sum(block: bytes) -> int:
-    """kv.proto's digest sum, written down once more in plain Python."""
-    total = 0
-    for i in range(len(block) // 8):
-        x = (i + 1) * 0x9E3779B97F4A7C15 % 2**64
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-        total += int.from_bytes(block[i * 8 : i * 8 + 8], "little") * ((x ^ x >> 31) | 1)
-    return total % 2**64
-
-
-def test_block_sums_are_those_of_the_specification() -> None:
-    data = torch.randint(0, 256, (3 * 1024,), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
-    raw = bytes(data.tolist())
-    assert block_sums(data, 3) == [spec_sum(raw[i * 1024 : (i + 1) * 1024]) for i in range(3)]
-
-
-def test_any_flipped_bit_and_any_swap_changes_the_sum() -> None:
-    data = bytearray(blake2b(b"seed").digest() * 8)
-    clean = block_sums(torch.frombuffer(data, dtype=torch.uint8), 1)
-    for bit in range(len(data) * 8):
-        data[bit // 8] ^= 1 << bit % 8
-        assert block_sums(torch.frombuffer(data, dtype=torch.uint8), 1) != clean, bit
-        data[bit // 8] ^= 1 << bit % 8
-    data[0:8], data[8:16] = data[8:16], data[0:8]
-    assert block_sums(torch.frombuffer(data, dtype=torch.uint8), 1) != clean
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_cache_write_quantises_each_heads_vector_by_itself(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(5, heads, DIM, generator=generator) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS))
+    k *= torch.tensor([1.0, 100.0])[:, None]  # heads of different size: a scale of the wrong head shows
+    angles = torch.rand(5, 1, DIM // 2, generator=generator)
+    rotation = Rotation(angles.cos(), angles.sin())
+    cache = LayerCache(
+        torch.full((4, 2, KV_HEADS, BLOCK, DIM), 77.0).to(dtype), torch.full((4, 2, KV_HEADS, BLOCK), float("nan")).half()
+    )
+    targets = CacheTargets(torch.tensor([3, 3, 1, 1, 1]), torch.tensor([14, 15, 0, 1, 2]))
+    rope_norm_write(q, k, v, rotation, None, cache, targets)
+    assert cache.scales is not None
+    kv = dequantise(cache.elements, cache.scales)
+    for token, (block, offset) in enumerate(zip(targets.blocks.tolist(), targets.offsets.tolist(), strict=True)):
+        for side, x in enumerate((rotate(k, rotation), v)):
+            expected = dequantise(*quantise(x[token], dtype))
+            assert torch.equal(kv[block, side, :, offset], expected)
+            error = (kv[block, side, :, offset] - x[token]).abs().amax(-1) / x[token].abs().amax(-1)
+            assert (error < (0.005 if dtype == torch.int8 else 0.04)).all()
+    written = torch.zeros(4, BLOCK, dtype=torch.bool)
+    written[targets.blocks, targets.offsets] = True
+    assert cache.scales.permute(0, 3, 1, 2)[~written].isnan().all()

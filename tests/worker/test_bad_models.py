@@ -13,6 +13,7 @@ import struct
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,8 @@ def test_the_pool_holds_the_longest_sequence_when_nobody_says_how_much() -> None
     layout = KvLayout("bf16", num_layers=24, num_kv_heads=2, head_dim=64, block_size=32)
     assert num_blocks_of(None, layout, 32768) == 32768 // 32 + 1
     assert num_blocks_of(None, layout, 512) * layout.block_bytes <= 128 << 20
+    quantised = replace(layout, dtype="int8")
+    assert num_blocks_of(256 << 20, quantised, 512) > 1.9 * num_blocks_of(256 << 20, layout, 512), "66 bytes a vector, not 128"
 
 
 def test_heads_that_do_not_divide_the_hidden_size(model: Path) -> None:

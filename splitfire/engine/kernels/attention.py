@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from splitfire.engine.kernels.quantise import dequantise
+from splitfire.engine.pool import LayerCache
+
 QUERY_TILE = 128  # rows; scores of one tile are num_heads * 128 * context * 4 bytes
 MAX_PADDING = 4.0  # decode rows are batched while the padded context is at most this many times the real one
 
@@ -74,7 +77,7 @@ def plan_attention(spans: Sequence[QuerySpan], device: torch.device) -> Attentio
 
 def attend(
     q: Tensor,  # [num_tokens, num_heads, head_dim]
-    cache: Tensor,  # [num_blocks, 2, num_kv_heads, block_size, head_dim], one layer of the pool
+    cache: LayerCache,
     step: AttentionStep,
     scale: float,
     window: int | None = None,  # how many of the last tokens a token sees, itself included; None: all
@@ -94,10 +97,16 @@ def _decode_batch(spans: Sequence[QuerySpan], longest: int, device: torch.device
     return DecodeBatch(rows, tables, torch.tensor([s.context_len for s in spans], device=device))
 
 
-def _attend_decodes(q: Tensor, cache: Tensor, batch: DecodeBatch, scale: float, window: int | None) -> Tensor:
+def _gather(cache: LayerCache, block_ids: Tensor) -> Tensor:
+    """[..., 2, num_kv_heads, block_size, head_dim] fp32 of block_ids [...]. What was never written may be anything, also NaN."""
+    elements = cache.elements[block_ids]
+    return elements.float() if cache.scales is None else dequantise(elements, cache.scales[block_ids])
+
+
+def _attend_decodes(q: Tensor, cache: LayerCache, batch: DecodeBatch, scale: float, window: int | None) -> Tensor:
     """q [batch, num_heads, head_dim] -> the same shape, fp32."""
     num_rows, num_heads, head_dim = q.shape
-    kv = cache[batch.block_tables].float()  # [batch, max_blocks, 2, num_kv_heads, block_size, head_dim]
+    kv = _gather(cache, batch.block_tables)  # [batch, max_blocks, 2, num_kv_heads, block_size, head_dim]
     num_kv_heads, block_size = kv.shape[3], kv.shape[4]
     num_positions = kv.shape[1] * block_size
     keys, values = (kv[:, :, i].transpose(1, 2).reshape(num_rows, num_kv_heads, num_positions, head_dim) for i in (0, 1))
@@ -113,10 +122,10 @@ def _attend_decodes(q: Tensor, cache: Tensor, batch: DecodeBatch, scale: float, 
     return torch.matmul(scores.softmax(-1), values).reshape(num_rows, num_heads, head_dim)
 
 
-def _attend_chunk(q: Tensor, cache: Tensor, chunk: Chunk, scale: float, window: int | None, out: Tensor) -> None:
+def _attend_chunk(q: Tensor, cache: LayerCache, chunk: Chunk, scale: float, window: int | None, out: Tensor) -> None:
     """Writes rows [chunk.begin, chunk.end) of `out`."""
     num_heads, head_dim = q.shape[1:]
-    kv = cache[chunk.block_ids].float()  # [num_blocks, 2, num_kv_heads, block_size, head_dim]
+    kv = _gather(cache, chunk.block_ids)  # [num_blocks, 2, num_kv_heads, block_size, head_dim]
     num_kv_heads, block_size = kv.shape[2], kv.shape[3]
     num_positions = kv.shape[0] * block_size
     keys, values = (kv[:, i].transpose(0, 1).reshape(num_kv_heads, num_positions, head_dim) for i in (0, 1))

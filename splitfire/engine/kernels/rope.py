@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from splitfire.engine.kernels.norm import rms_norm
+from splitfire.engine.kernels.quantise import quantise
+from splitfire.engine.pool import LayerCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,25 @@ def rope_norm_write(
     v: Tensor,  # [num_tokens, num_kv_heads, head_dim]
     rotation: Rotation,
     norm: QkNorm | None,
-    cache: Tensor,  # [num_blocks, 2, num_kv_heads, block_size, head_dim], one layer of the pool; written
+    cache: LayerCache,  # written; quantised in the same go if it is
     targets: CacheTargets,
 ) -> Tensor:  # [num_tokens, num_heads, head_dim]: the rotated queries
     """Norms q and k per head, rotates them (halves, not pairs), writes k and v, returns q."""
     if norm is not None:
         q = rms_norm(q, norm.q_weight, norm.eps)
         k = rms_norm(k, norm.k_weight, norm.eps)
-    cache[targets.blocks, 0, :, targets.offsets] = rotate(k, rotation).to(cache.dtype)
-    cache[targets.blocks, 1, :, targets.offsets] = v.to(cache.dtype)
+    _write(cache, 0, targets, rotate(k, rotation))
+    _write(cache, 1, targets, v)
     return rotate(q, rotation)
+
+
+def _write(cache: LayerCache, side: int, targets: CacheTargets, x: Tensor) -> None:
+    """x [num_tokens, num_kv_heads, head_dim] becomes the keys (side 0) or values (1) of its tokens."""
+    place = (targets.blocks, side, slice(None), targets.offsets)
+    if cache.scales is None:
+        cache.elements[place] = x.to(cache.elements.dtype)
+    else:
+        cache.elements[place], cache.scales[place] = quantise(x, cache.elements.dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
