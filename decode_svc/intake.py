@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64
 from kvtransfer.receiver import Expectation, Receiver, Room
 from splitfire.core.hashing import hash_blocks
 from splitfire.engine.engine import Reservation
-from splitfire.engine.kernels.pack import block_sums, unpack
+from splitfire.engine.kernels.pack import unpack
 from splitfire.v1 import kv_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Handoff, Job
@@ -45,6 +46,8 @@ class Intake:
             num_tokens=job.spec.num_tokens,
             layout=context.layout,
             fingerprint=context.agent.fingerprint,
+            rank=2 * job.spec.priority + bool(job.spec.output),  # within a class, what was interrupted goes first
+            digest_algorithm=DIGEST_SUM64 if context.kv_digest else DIGEST_OFF,
         )
         self.receiver: Receiver = context.agent.expect(expectation, handoff.peer, self)
 
@@ -64,16 +67,17 @@ class Intake:
         self._reservation = self._context.host.engine.reserve(self.job.spec)
         return Room.NOT_NOW if self._reservation is None else self._reservation.num_pinned
 
-    def block_sums(self, blocks: memoryview, num_blocks: int) -> list[int]:
-        return block_sums(torch.frombuffer(blocks, dtype=torch.uint8), num_blocks)
-
-    def write(self, first_block: int, num_blocks: int, dtype: str, blocks: memoryview) -> None:
+    def write(self, first_block: int, num_blocks: int, blocks: memoryview) -> list[int]:
         reservation = self._reservation
         assert reservation is not None
-        engine = self._context.host.engine
         ids = reservation.block_ids[first_block : first_block + num_blocks]
-        unpack(engine.runner.pool, ids, dtype, torch.frombuffer(blocks, dtype=torch.uint8))
-        engine.commit(reservation, first_block, num_blocks, self._names)
+        payload = torch.frombuffer(blocks, dtype=torch.uint8)
+        return unpack(self._context.host.engine.runner.pool, ids, payload, digest=self._context.kv_digest)
+
+    def publish(self, first_block: int, num_blocks: int) -> None:
+        reservation = self._reservation
+        assert reservation is not None
+        self._context.host.engine.commit(reservation, first_block, num_blocks, self._names)
 
     def ready(self, first_tokens: Sequence[kv_pb2.FirstToken]) -> None:
         reservation = self._reservation
@@ -90,10 +94,13 @@ class Intake:
         self._on_joined(self, first)
         self._context.host.join(reservation, first.token_id)
 
-    def closed(self, reason: str, is_retryable: bool) -> None:
+    def revoked(self) -> None:
         if self._reservation is not None:
             self._context.host.engine.forfeit(self._reservation)
             self._reservation = None
+
+    def closed(self, reason: str, is_retryable: bool) -> None:
+        self.revoked()
         if not self._is_over:
             self._is_over = True
             self._on_failed(self, reason, is_retryable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from decode_svc.intake import Intake
-from kvtransfer.protocol import WITHDRAWN
+from kvtransfer.protocol import NO_ROOM, WITHDRAWN
 from splitfire.core.errors import DataLoss, Internal, Mismatch, SplitfireError, Unavailable
 from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId
@@ -150,6 +150,7 @@ class DecodeService:
         assert decode is not None  # a record goes only after its intake
         decode.intake, decode.first, decode.joined_at = intake, first, self._context.clock()
         receiver = intake.receiver
+        self._context.tally.received(receiver.bytes_received)
         decode.kv_transfer = inference_pb2.KvTransfer(
             transport=self._context.agent.transport.name,
             bytes=receiver.bytes_received,
@@ -159,6 +160,7 @@ class DecodeService:
 
     def _on_failed(self, intake: Intake, reason: str, is_retryable: bool) -> None:
         job = intake.job
+        self._context.tally.not_received(reason)
         decode = self._decodes.get(job.spec.seq_id)
         if decode is not None:
             self._decodes.remove(decode)
@@ -167,6 +169,8 @@ class DecodeService:
         error: SplitfireError
         if reason == "kv_digest_mismatch":
             error = DataLoss("KV arrived corrupt", reason=reason)
+        elif reason == NO_ROOM:
+            error = Unavailable("no free KV blocks for too long", reason="handoff_no_room")
         elif not is_retryable:
             error = Mismatch(f"the hand-off is not possible: {reason}", reason="handoff_refused")
         else:
@@ -177,6 +181,7 @@ class DecodeService:
         """Ends a job without a reply; what it holds is free now, or with the engine's next turn."""
         self._decodes.remove(decode)
         if decode.intake is not None and decode.joined_at is None:
+            self._context.tally.not_received(WITHDRAWN)
             decode.intake.cancel()
         else:
             self._context.host.finish(decode.job.spec.seq_id)

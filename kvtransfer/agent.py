@@ -11,34 +11,57 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from kvtransfer.frames import CONTROL, FrameError, parse_control, parse_frame
 from kvtransfer.incoming import Incoming
 from kvtransfer.outgoing import Outgoing, Source
-from kvtransfer.peers import Peer, PeerAddress, Peers
-from kvtransfer.probe import PairMeter, ProbeResponder
+from kvtransfer.peers import Heard, Peer, PeerAddress, Peers
+from kvtransfer.probe import PairMeter, PairRates, ProbeResponder
 from kvtransfer.receiver import Expectation, Receiver, Sink
-from kvtransfer.ring import Ring, RingSlot
+from kvtransfer.ring import Ring, RingOptions, RingSlot
 from kvtransfer.sender import LentSlot, Sender, Shipment
 from kvtransfer.transport import Transport
 from splitfire.v1 import kv_pb2
 
 TICK_S = 0.02
 MEASURE_RETRY_S = 0.5
-Measured = Callable[[float, float, str], None]  # round_trip_s, bytes_per_s, path
+ASK_FOR_MORE = ("grant", "want", "commit")  # whoever says this waits for us, perhaps for a transfer that ended
+Measured = Callable[[PairRates], None]
+
+
+class Handle(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> None: ...
+
+
+CallLater = Callable[[float, Callable[[], None]], Handle]
+
+
+def call_later(seconds: float, call: Callable[[], None]) -> Handle:
+    """On the running event loop."""
+    return asyncio.get_running_loop().call_later(seconds, call)
+
+
+def _enough_blocks() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
-    """Ring sizes. Memory is (send_slots + receive_slots) * slot_bytes, whatever the prompts."""
+    """Ring sizes, for each peer. Memory is at most `max_peers * (send_slots + receive_slots) * slot_bytes`, and what ring.py
+    allows to be retired."""
 
     send_slots: int
     receive_slots: int
     slot_bytes: int
+    max_peers: int = 16
 
 
 class TransferAgent:
-    """All hand-offs of one worker, both directions."""
+    """All hand-offs of one worker, both directions. `is_short_of_blocks` is asked whether receivers have to give some back."""
 
     def __init__(
         self,
@@ -47,19 +70,23 @@ class TransferAgent:
         fingerprint: bytes,
         options: AgentOptions,
         clock: Callable[[], float] = time.monotonic,
+        later: CallLater = call_later,
+        is_short_of_blocks: Callable[[], bool] = _enough_blocks,
     ) -> None:
         self.transport = transport
         self.incarnation = incarnation
         self.fingerprint = fingerprint[:8]
         self.dropped: Counter[str] = Counter()  # frames and offers that were not taken, by reason
-        self.send_ring = Ring(options.send_slots, options.slot_bytes, transport.allocate)
-        self.receive_ring = Ring(options.receive_slots, options.slot_bytes, transport.allocate)
+        sizes = (options.slot_bytes, options.max_peers)
+        self.send_ring = Ring(RingOptions(options.send_slots, *sizes), transport.allocate)
+        self.receive_ring = Ring(RingOptions(options.receive_slots, *sizes), transport.allocate)
         self._clock = clock
+        self._later = later
         self._peers = Peers(transport, incarnation)
         self._outgoing = Outgoing(self.send_ring, incarnation, self.fingerprint, clock)
-        self._incoming = Incoming(self.receive_ring, transport, clock, self._drop)
+        self._incoming = Incoming(self.receive_ring, transport, clock, self._drop, is_short_of_blocks)
         self._responder = ProbeResponder(self)
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Handle | None = None
 
     # -- what services call
 
@@ -76,11 +103,23 @@ class TransferAgent:
 
     @property
     def num_open(self) -> int:
-        return len(self._outgoing) + len(self._incoming)
+        return self.num_sending + self.num_receiving
+
+    @property
+    def num_sending(self) -> int:
+        return len(self._outgoing)
+
+    @property
+    def num_receiving(self) -> int:
+        return len(self._incoming)
 
     @property
     def num_held_slots(self) -> int:
         return self.send_ring.num_lent + self.receive_ring.num_lent
+
+    @property
+    def num_ring_bytes(self) -> int:
+        return self.send_ring.num_bytes + self.receive_ring.num_bytes
 
     @property
     def is_worn_out(self) -> bool:
@@ -111,18 +150,17 @@ class TransferAgent:
         self._measure(there, done)
 
     def _measure(self, there: Peer, done: Measured) -> None:
-        meter = there.meter = PairMeter(self, there.send, lambda lent: self._outgoing.fill(there, lent), done)
+        meter = there.meter = PairMeter(self, there.send, partial(self._outgoing.fill, there), done)
         meter.start()
+        self._later(MEASURE_RETRY_S, partial(self._look_again, there, meter, 0, done))
 
-        def look_again(num_pongs: int) -> None:
-            if meter.is_done or self._peers.known(there.address.incarnation) is not there:
-                return
-            if meter.num_pongs == num_pongs:  # it did not know us yet, or had no slots to spare
-                self._measure(there, done)
-            else:
-                asyncio.get_running_loop().call_later(MEASURE_RETRY_S, look_again, meter.num_pongs)
-
-        asyncio.get_running_loop().call_later(MEASURE_RETRY_S, look_again, 0)
+    def _look_again(self, there: Peer, meter: PairMeter, num_pongs: int, done: Measured) -> None:
+        if meter.is_done or self._peers.known(there.address.incarnation) is not there:
+            return
+        if meter.num_pongs == num_pongs:  # it did not know us yet, or had no slots to spare
+            self._measure(there, done)
+        else:
+            self._later(MEASURE_RETRY_S, partial(self._look_again, there, meter, meter.num_pongs, done))
 
     def peer_gone(self, incarnation: bytes) -> None:
         """The peer is dead or was replaced: its transfers end now, nothing of it is accepted any more."""
@@ -134,18 +172,26 @@ class TransferAgent:
 
     # -- what probing uses
 
+    @property
+    def send_slot_bytes(self) -> int:
+        return self.send_ring.slot_bytes
+
     def now(self) -> float:
         return self._clock()
 
-    def post_probe(self, slot: RingSlot, incarnation: bytes, done: Callable[[], None]) -> None:
-        def arrived(exc: Exception | None) -> None:
-            self.receive_ring.give_back(slot)
-            if exc is None:
-                done()
-            self._incoming.lend()
+    def lend_probe(self, incarnation: bytes, done: Callable[[], None]) -> RingSlot | None:
+        peer = self._peers.known(incarnation)
+        slot = self.receive_ring.segment(incarnation).lend() if peer is not None else None
+        if peer is not None and slot is not None:
+            self._incoming.post(slot, peer, partial(self._probe_arrived, peer, slot, done))
+            self._watch()
+        return slot
 
-        self._incoming.post(slot, self._peers.known(incarnation), arrived)
-        self._watch()
+    def _probe_arrived(self, peer: Peer, slot: RingSlot, done: Callable[[], None], exc: Exception | None) -> None:
+        self.receive_ring.segment(peer.address.incarnation).give_back(slot)
+        if exc is None:
+            done()
+        self._incoming.lend(peer)
 
     # -- frames and time
 
@@ -154,7 +200,13 @@ class TransferAgent:
             frame = parse_frame(data)
             if frame.kind != CONTROL:
                 raise FrameError("unknown_kind")
-            self._route(frame.incarnation, parse_control(frame.body))
+            message = parse_control(frame.body)
+            heard = self._peers.hear(frame.incarnation, frame.link, frame.sequence)
+            if heard is Heard.REPEATED:
+                raise FrameError("repeated")
+            if heard is Heard.AFTER_A_GAP:
+                self._link_broke(frame.incarnation)
+            self._route(frame.incarnation, message)
         except FrameError as exc:
             self._drop(exc.reason)
 
@@ -184,6 +236,18 @@ class TransferAgent:
             self._void(peer, message.slots)
         else:
             self._drop("unknown_transfer")
+            if body == "abort":
+                self._incoming.unpark(incarnation, message)
+            elif peer is not None and body in ASK_FOR_MORE:
+                peer.send(kv_pb2.KvMessage(transfer_id=transfer_id, abort=kv_pb2.Abort(reason="unknown_transfer")))
+
+    def _link_broke(self, incarnation: bytes) -> None:
+        """Frames of the peer were lost: nobody knows what they said, so its transfers start anew."""
+        self._drop("frames_lost")
+        peer = self._peers.known(incarnation)
+        if peer is not None:
+            self._outgoing.abort_all("frames_lost", peer)
+            self._incoming.close_all("frames_lost", peer)
 
     def _void(self, peer: Peer, slots: kv_pb2.Slots) -> None:
         for slot in slots.slots:
@@ -195,14 +259,18 @@ class TransferAgent:
     def _watch(self) -> None:
         """Keeps a timer running while anything is open; idle costs nothing."""
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+            self._timer = self._later(TICK_S, self._on_timer)
 
-    def _tick(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
-        now = self._clock()
         try:
-            self._incoming.tick(now)
-            self._outgoing.tick(now)
+            self.tick()
         finally:
-            if self.num_open or self._incoming.num_parked or self._incoming.num_posted:
+            if self.num_open or self._incoming.num_parked or self._incoming.num_posted or self._outgoing.num_in_flight:
                 self._watch()
+
+    def tick(self) -> None:
+        """What time alone brings about."""
+        now = self._clock()
+        self._incoming.tick(now)
+        self._outgoing.tick(now)

@@ -1,10 +1,12 @@
 """The bytes of the KV wire: fixed headers, parsed before anything is allocated. Pure.
 
-    frame    magic "SFKV" | version u8 | kind u8 | flags u16 = 0 | length u32 | sender incarnation 16 bytes | 4 zero bytes
+    frame    magic "SFKV" | version u8 | kind u8 | flags u16 = 0 | length u32 | sender incarnation 16 bytes
+             | link u32 | sequence u32 | 4 zero bytes
     payload  frame, then the fields of PayloadHeader, then a u64 digest a block, padding to 64 bytes, then the blocks
 
-`length` counts what follows the 32 bytes of the frame. Whatever is not exactly as written here is a FrameError whose
-reason names it; the frame is dropped and the transfer, if it can be told, fails.
+`length` counts what follows the 40 bytes of the frame. Control frames of one link count up from 1, so that what is repeated
+can be told, and what is missing seen; in payloads both numbers are 0, their slot's generation tells. Whatever is not
+exactly as written here is a FrameError whose reason names it; the frame is dropped and the transfer, if it can be told, fails.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from splitfire.v1 import kv_pb2
 MAGIC = b"SFKV"
 VERSION = 1
 CONTROL, PAYLOAD, VOID = 1, 2, 3
-DIGEST_SUM64 = 1
+DIGEST_SUM64, DIGEST_OFF = 1, 255  # off only where the receiver's settings say so, never by leaving something out
+DIGESTS = (DIGEST_SUM64, DIGEST_OFF)
 TARGET_CACHE = 0  # cache id of the model itself; 1 is for a draft model's
 ALIGN = 64
-_FRAME = struct.Struct("<4sBBHI16s4x")
+_FRAME = struct.Struct("<4sBBHI16sII4x")
 _PAYLOAD = struct.Struct("<8s16sIIBBBxHHHHIIIIQ")
+MAX_FRAME_BYTES = _FRAME.size + MAX_CONTROL_BYTES  # of control
 _DTYPES = tuple(DTYPE_BYTES)
 _MASK = (1 << 64) - 1
 
@@ -45,6 +49,8 @@ class Frame:
 
     kind: int
     incarnation: bytes  # of the sender
+    link: int
+    sequence: int
     body: memoryview
 
 
@@ -74,17 +80,17 @@ class PayloadHeader:
         return self.block_end - self.block_start
 
 
-def control_frame(incarnation: bytes, message: kv_pb2.KvMessage) -> bytes:
+def control_frame(incarnation: bytes, link: int, sequence: int, message: kv_pb2.KvMessage) -> bytes:
     body = message.SerializeToString()
     assert len(body) <= MAX_CONTROL_BYTES, len(body)
-    return _FRAME.pack(MAGIC, VERSION, CONTROL, 0, len(body), incarnation) + body
+    return _FRAME.pack(MAGIC, VERSION, CONTROL, 0, len(body), incarnation, link, sequence) + body
 
 
 def parse_frame(data: memoryview) -> Frame:
     """A frame whose length fits exactly, for control, and at most, for a slot that is longer than what arrived in it."""
     if len(data) < _FRAME.size:
         raise FrameError("truncated", f"{len(data)} bytes, a frame has at least {_FRAME.size}")
-    magic, version, kind, flags, length, incarnation = _FRAME.unpack_from(data)
+    magic, version, kind, flags, length, incarnation, link, sequence = _FRAME.unpack_from(data)
     if magic != MAGIC:
         raise FrameError("bad_magic")
     if version != VERSION:
@@ -97,7 +103,7 @@ def parse_frame(data: memoryview) -> Frame:
         raise FrameError("truncated", f"says {length} bytes, has {len(data) - _FRAME.size}")
     if kind == CONTROL and length < len(data) - _FRAME.size:
         raise FrameError("trailing_bytes")
-    return Frame(kind, incarnation, data[_FRAME.size : _FRAME.size + length])
+    return Frame(kind, incarnation, link, sequence, data[_FRAME.size : _FRAME.size + length])
 
 
 def parse_control(body: memoryview) -> kv_pb2.KvMessage:
@@ -134,7 +140,7 @@ def write_payload(slot: memoryview, incarnation: bytes, header: PayloadHeader, d
     """Writes everything before the blocks into `slot`; the blocks are there already. Length of the whole message."""
     begin = data_offset(header.num_blocks)
     total = begin + header.payload_bytes
-    _FRAME.pack_into(slot, 0, MAGIC, VERSION, PAYLOAD, 0, total - _FRAME.size, incarnation)
+    _FRAME.pack_into(slot, 0, MAGIC, VERSION, PAYLOAD, 0, total - _FRAME.size, incarnation, 0, 0)
     _PAYLOAD.pack_into(
         slot,
         _FRAME.size,
@@ -161,7 +167,7 @@ def write_payload(slot: memoryview, incarnation: bytes, header: PayloadHeader, d
 
 def write_void(slot: memoryview, incarnation: bytes, length: int = _FRAME.size) -> int:
     """A message of `length` bytes that only gives a lent slot back, or measures."""
-    _FRAME.pack_into(slot, 0, MAGIC, VERSION, VOID, 0, length - _FRAME.size, incarnation)
+    _FRAME.pack_into(slot, 0, MAGIC, VERSION, VOID, 0, length - _FRAME.size, incarnation, 0, 0)
     return length
 
 
@@ -183,7 +189,7 @@ def parse_payload(body: memoryview) -> Payload:
         raise FrameError("bad_dtype", str(values[5]))
     values[5] = _DTYPES[values[5]]
     header = PayloadHeader(*values)
-    if header.digest_algorithm != DIGEST_SUM64:
+    if header.digest_algorithm not in DIGESTS:
         raise FrameError("unknown_digest", str(header.digest_algorithm))
     if not header.block_start < header.block_end:
         raise FrameError("bad_block_range", f"[{header.block_start}, {header.block_end})")
@@ -211,7 +217,10 @@ def check_layout(header: PayloadHeader, layout: KvLayout) -> None:
 
 
 def bind(header: PayloadHeader, sums: list[int]) -> list[int]:
-    """Digests of kv.proto: the data's sums plus a number that ties each to transfer, generation, block and format."""
+    """Digests of kv.proto: the data's sums plus a number that ties each to transfer, generation, block and format.
+    Zeros where the digest is off."""
+    if header.digest_algorithm == DIGEST_OFF:
+        return [0] * header.num_blocks
     digests = []
     for block, block_sum in enumerate(sums, header.block_start):
         key = header.transfer_id + struct.pack("<IIB", header.generation, block, header.cache_id) + header.dtype.encode()

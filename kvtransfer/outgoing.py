@@ -1,10 +1,11 @@
-"""All transfers that this worker sends: their machines, the send ring, and what waits for a slot of it. io thread."""
+"""All transfers that this worker sends: their machines, and what waits for a send slot of its peer's segment. io thread."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -29,7 +30,9 @@ from splitfire.core.layout import KvLayout
 from splitfire.v1 import kv_pb2
 
 log = structlog.get_logger("worker")
-# How long a sender waits for the receiver's next word. A receiver that waits for blocks refuses by itself, sooner.
+MAX_TRIES = 3  # of one payload, when the transport says that a send failed
+LOST_S = limits.DEAD_AFTER_S  # a send that nobody will read
+# How long a sender waits for the receiver's next word. A receiver that waits for blocks redirects by itself, sooner.
 DEADLINES = {
     Send.OFFERED: limits.GRANT_WAIT_S,
     Send.WAITING: limits.HOLD_S,
@@ -41,11 +44,14 @@ DEADLINES = {
 class Source(Protocol):
     """The owner of the pool the blocks come from. All calls on the io thread."""
 
-    def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview) -> list[int]:
-        """Writes the blocks, converted, and returns the data part of each digest (kv.proto)."""
+    def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview, *, digest: bool) -> list[int]:
+        """Writes the blocks, converted, and returns the data part of each one's digest (kv.proto); nothing when it is off."""
+
+    def granted(self) -> None:
+        """The receiver has room for all of it."""
 
     def closed(self, outcome: Outcome, reason: str) -> None:
-        """The blocks are not needed any more. The last call."""
+        """The transfer is over; unless it was received, the blocks may be offered to another receiver. The last call."""
 
 
 class _Sending:
@@ -69,6 +75,9 @@ class _Sending:
     def send_void(self, slot: LentSlot) -> None:
         self.peer.void(slot)
 
+    def granted(self) -> None:
+        self.source.granted()
+
     def closed(self, outcome: Outcome, reason: str) -> None:
         self._outgoing.remove(self)
         self.source.closed(outcome, reason)
@@ -83,6 +92,18 @@ class _Piece:
     piece: Piece
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A send that has not completed. `sender` is None for one that measures."""
+
+    peer: Peer
+    sender: Sender | None
+    target: LentSlot
+    num_bytes: int
+    since: float
+    num_tries: int = 1
+
+
 class Outgoing:
     """Invariant: every slot lent to us gets exactly one message, with blocks or void, unless its peer is gone."""
 
@@ -92,13 +113,18 @@ class Outgoing:
         self._fingerprint = fingerprint
         self._clock = clock
         self._sendings: dict[bytes, _Sending] = {}
-        self._queue: deque[_Piece] = deque()  # at most one for each slot lent to us
-        self._in_flight: dict[RingSlot, Peer] = {}
+        self._queues: dict[Peer, deque[_Piece]] = {}  # at most one for each slot the peer has lent to us
+        self._in_flight: dict[RingSlot, _Flight] = {}
 
     def __len__(self) -> int:
         return len(self._sendings)
 
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
     def start(self, shipment: Shipment, peer: Peer, source: Source) -> Sender:
+        self.ring.segment(peer.address.incarnation)
         sending = self._sendings[shipment.transfer_id] = _Sending(self, shipment, peer, source, self._clock)
         sending.sender.offer()
         return sending.sender
@@ -110,68 +136,76 @@ class Outgoing:
     def on_message(self, message: kv_pb2.KvMessage) -> None:
         self._sendings[message.transfer_id].sender.on_message(message)
 
-    def abort_all(self, reason: str) -> None:
-        for sending in list(self._sendings.values()):
+    def abort_all(self, reason: str, peer: Peer | None = None) -> None:
+        """Those to one peer, or all."""
+        for sending in [s for s in self._sendings.values() if peer in (None, s.peer)]:
             sending.sender.abort(reason)
 
     def peer_gone(self, peer: Peer) -> None:
-        """Its transfers end without it, and the slots it may still read from are quarantined."""
+        """Its transfers end without it; the slots it may still read from are retired with its segment."""
         for sending in [s for s in self._sendings.values() if s.peer is peer]:
             sending.sender.abort("peer_gone", tell_peer=False)
-        self._queue = deque(waiting for waiting in self._queue if waiting.sending.peer is not peer)
-        for slot in [s for s, target in self._in_flight.items() if target is peer]:
+        self._queues.pop(peer, None)
+        for slot in [s for s, flight in self._in_flight.items() if flight.peer is peer]:
             del self._in_flight[slot]
-            self.ring.quarantine(slot)
-        self._send_queued()
+        self.ring.drop(peer.address.incarnation)
 
     def tick(self, now: float) -> None:
         """Ends what waits too long for the receiver."""
         for sending in list(self._sendings.values()):
             sender = sending.sender
-            if sender.is_owed_an_answer and now - sender.last_progress > DEADLINES[sender.state]:
+            if sender.is_open and sender.is_owed_an_answer and now - sender.last_progress > DEADLINES[sender.state]:
                 sender.abort("deadline")
+        for slot, flight in list(self._in_flight.items()):
+            is_over = flight.sender is None or not flight.sender.is_open
+            if is_over and now - flight.since > LOST_S:  # its receiver may still read it, some day
+                del self._in_flight[slot]
+                self.ring.segment(flight.peer.address.incarnation).retire(slot)
 
     def remove(self, sending: _Sending) -> None:
         self._sendings.pop(sending.sender.shipment.transfer_id, None)
 
     def fill(self, peer: Peer, target: LentSlot) -> None:
         """Fills a whole slot of a peer with nothing, to measure; from other memory when no slot is free here."""
-        slot = self.ring.lend()
+        slot = self.ring.segment(peer.address.incarnation).lend()
         buffer = slot.buffer if slot is not None else memoryview(bytearray(self.ring.slot_bytes))
         length = write_void(buffer, self._incarnation, len(buffer))
         if slot is not None:
-            self._post(slot, peer, target, length, lambda _exc: None)
+            self._post(slot, _Flight(peer, None, target, length, self._clock()))
         else:
-            peer.link.send_payload(slot_tag(target.index, target.generation), buffer, lambda _exc: None)
+            peer.link.send_payload(slot_tag(target.index, target.generation), buffer, _ignore)
 
     def queue(self, piece: _Piece) -> None:
-        self._queue.append(piece)
-        self._send_queued()
+        self._queues.setdefault(piece.sending.peer, deque()).append(piece)
+        self._send_queued(piece.sending.peer)
 
-    def _send_queued(self) -> None:
-        while self._queue:
-            if not self._queue[0].sending.sender.is_open:  # ended meanwhile: its blocks may be gone
-                waiting = self._queue.popleft()
-                waiting.sending.peer.void(waiting.target)
+    def _send_queued(self, peer: Peer) -> None:
+        queue = self._queues.get(peer)
+        while queue:
+            sending = queue[0].sending
+            if sending.sender.state not in (Send.GRANTED, Send.COMMITTED):  # ended or revoked: the blocks may be gone
+                peer.void(queue.popleft().target)
                 continue
-            slot = self.ring.lend()
+            slot = self.ring.segment(peer.address.incarnation).lend()
             if slot is None:
                 return
-            waiting = self._queue.popleft()
+            waiting = queue.popleft()
             try:
                 self._send(slot, waiting)
             except Exception:  # a bug, here or in a source, ends its own transfer and no other
-                log.exception("transfer failed", transfer_id=waiting.sending.sender.shipment.transfer_id.hex())
-                self.ring.give_back(slot)
-                waiting.sending.peer.void(waiting.target)
-                waiting.sending.sender.abort("internal")
+                log.exception("transfer failed", transfer_id=sending.sender.shipment.transfer_id.hex())
+                self.ring.segment(peer.address.incarnation).give_back(slot)
+                peer.void(waiting.target)
+                sending.sender.abort("internal")
 
     def _send(self, slot: RingSlot, waiting: _Piece) -> None:
         sending, target, piece = waiting.sending, waiting.target, waiting.piece
         sender, layout = sending.sender, sending.sender.wire_layout
         num_blocks = piece.end - piece.start
         begin, num_bytes = data_offset(num_blocks), num_blocks * layout.block_bytes
-        sums = sending.source.pack(piece.start, num_blocks, layout.dtype, slot.buffer[begin : begin + num_bytes])
+        payload = slot.buffer[begin : begin + num_bytes]
+        has_digest = sender.digest_algorithm == DIGEST_SUM64
+        sums = sending.source.pack(piece.start, num_blocks, layout.dtype, payload, digest=has_digest)
         header = PayloadHeader(
             fingerprint=self._fingerprint,
             transfer_id=sender.shipment.transfer_id,
@@ -179,7 +213,7 @@ class Outgoing:
             generation=target.generation,
             cache_id=TARGET_CACHE,
             dtype=layout.dtype,
-            digest_algorithm=DIGEST_SUM64,
+            digest_algorithm=sender.digest_algorithm,
             layer_start=0,
             layer_end=layout.num_layers,
             head_start=0,
@@ -192,22 +226,31 @@ class Outgoing:
         )
         length = write_payload(slot.buffer, self._incarnation, header, bind(header, sums))
         sender.bytes_sent += num_bytes
+        self._post(slot, _Flight(sending.peer, sender, target, length, self._clock()))
 
-        def sent(exc: Exception | None) -> None:
-            if exc is not None:
+    def _post(self, slot: RingSlot, flight: _Flight) -> None:
+        """Sends the beginning of a send slot."""
+        self._in_flight[slot] = flight
+        sent: Done = partial(self._sent, slot, flight)
+        tag = slot_tag(flight.target.index, flight.target.generation)
+        flight.peer.link.send_payload(tag, slot.buffer[: flight.num_bytes], sent)
+
+    def _sent(self, slot: RingSlot, flight: _Flight, exc: Exception | None) -> None:
+        if self._in_flight.get(slot) is not flight:  # the peer was lost meanwhile
+            return
+        sender = flight.sender
+        if exc is not None and sender is not None and sender.is_open and flight.num_tries < MAX_TRIES:
+            self._post(slot, replace(flight, num_tries=flight.num_tries + 1))  # its receive is still posted
+            return
+        del self._in_flight[slot]
+        self.ring.segment(flight.peer.address.incarnation).give_back(slot)
+        if sender is not None:
+            if exc is None:
+                sender.progressed()
+            else:
                 sender.abort("transport")
+        self._send_queued(flight.peer)
 
-        self._post(slot, sending.peer, target, length, sent)
 
-    def _post(self, slot: RingSlot, peer: Peer, target: LentSlot, length: int, sent: Done) -> None:
-        """Sends the beginning of a send slot; `sent` unless the peer goes first."""
-        self._in_flight[slot] = peer
-
-        def completed(exc: Exception | None) -> None:
-            if self._in_flight.pop(slot, None) is None:  # given up meanwhile
-                return
-            self.ring.give_back(slot)
-            sent(exc)
-            self._send_queued()
-
-        peer.link.send_payload(slot_tag(target.index, target.generation), slot.buffer[:length], completed)
+def _ignore(_exc: Exception | None) -> None:
+    """What only measured needs no answer."""

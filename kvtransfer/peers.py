@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from enum import Enum
 
 from kvtransfer.frames import control_frame, write_void
 from kvtransfer.probe import PairMeter
@@ -26,20 +27,31 @@ class PeerAddress:
 class Peer:
     """The way to one other worker."""
 
-    def __init__(self, address: PeerAddress, link: Link, incarnation: bytes) -> None:
+    def __init__(self, address: PeerAddress, link: Link, incarnation: bytes, link_number: int) -> None:
         self.address = address
         self.link = link
         self.meter: PairMeter | None = None
         self._incarnation = incarnation  # of this worker, which every frame carries
+        self._link_number = link_number
+        self._num_sent = 0
 
     def send(self, message: kv_pb2.KvMessage) -> None:
-        self.link.send_control(control_frame(self._incarnation, message))
+        self._num_sent += 1
+        self.link.send_control(control_frame(self._incarnation, self._link_number, self._num_sent, message))
 
     def void(self, slot: LentSlot) -> None:
         """Fills a slot lent to us with nothing, so that its receive completes."""
         frame = memoryview(bytearray(64))
         length = write_void(frame, self._incarnation)
         self.link.send_payload(slot_tag(slot.index, slot.generation), frame[:length], lambda _exc: None)
+
+
+class Heard(Enum):
+    """What the numbers of a control frame say about those before it."""
+
+    IN_ORDER = "in order"
+    REPEATED = "repeated"  # or of a link that was given up
+    AFTER_A_GAP = "after a gap"
 
 
 class Peers:
@@ -50,6 +62,8 @@ class Peers:
         self._incarnation = incarnation
         self._peers: dict[bytes, Peer] = {}
         self._gone: OrderedDict[bytes, None] = OrderedDict()
+        self._last: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # link and sequence of the last frame
+        self._num_links = 0
 
     def introduce(self, address: PeerAddress) -> Peer:
         """Whatever was heard before, the peer is there."""
@@ -62,8 +76,24 @@ class Peers:
             raise Unavailable(f"{address.worker_id} is gone", reason="handoff_peer_gone")
         peer = self._peers.get(address.incarnation)
         if peer is None:
-            peer = self._peers[address.incarnation] = Peer(address, self._transport.connect(address.address), self._incarnation)
+            link = self._transport.connect(address.address)
+            self._num_links += 1
+            peer = self._peers[address.incarnation] = Peer(address, link, self._incarnation, self._num_links)
         return peer
+
+    def hear(self, incarnation: bytes, link: int, sequence: int) -> Heard:
+        """Takes note of a control frame. Links of one sender count up; the newest counts."""
+        last = self._last.get(incarnation)
+        if last is not None and (link, sequence) <= last:
+            return Heard.REPEATED
+        self._last[incarnation] = (link, sequence)
+        self._last.move_to_end(incarnation)
+        while len(self._last) > MAX_WORKERS:
+            self._last.popitem(last=False)
+        if last is None:  # never heard of, or too long ago to remember
+            return Heard.IN_ORDER
+        follows = sequence == 1 if link > last[0] else sequence == last[1] + 1
+        return Heard.IN_ORDER if follows else Heard.AFTER_A_GAP
 
     def known(self, incarnation: bytes) -> Peer | None:
         return self._peers.get(incarnation)

@@ -14,39 +14,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kvtransfer.ring import Ring, RingSlot
+from kvtransfer.ring import RingSlot
 from kvtransfer.sender import LentSlot
 from splitfire.v1 import kv_pb2
 
-NUM_ROUND_TRIPS = 15
+NUM_ROUND_TRIPS = 100  # enough for a 99th percentile, and 5 ms of an idle pair
 NUM_PAYLOADS = 32
 WINDOW = 4  # payloads on their way at once
 SHARED_MEMORY, NETWORK, UNKNOWN = "shared memory", "network", "unknown"
 
 
+@dataclass(frozen=True, slots=True)
+class PairRates:
+    """What one measurement found."""
+
+    round_trip_s: float  # median
+    round_trip_p99_s: float
+    bytes_per_s: float
+    path: str  # one of the constants above
+
+
 class ProbeHost(Protocol):
     """The part of the agent that probing uses."""
 
-    incarnation: bytes
-    send_ring: Ring
-    receive_ring: Ring
+    @property
+    def send_slot_bytes(self) -> int: ...
 
     def now(self) -> float: ...
 
-    def post_probe(self, slot: RingSlot, incarnation: bytes, done: Callable[[], None]) -> None:
-        """Posts a receive in a lent slot and gives the slot back when it has completed."""
+    def lend_probe(self, incarnation: bytes, done: Callable[[], None]) -> RingSlot | None:
+        """Lends a slot of a peer's segment, with a receive posted in it, and takes it back before `done`."""
 
 
 class PairMeter:
-    """The measuring side: one measurement. `fill` sends a whole slot to one that was lent; `done(round_trip_s, bytes_per_s,
-    path)` is called once."""
+    """The measuring side: one measurement. `fill` sends a whole slot to one that was lent; `done` is called once."""
 
     def __init__(
         self,
         host: ProbeHost,
         send: Callable[[kv_pb2.KvMessage], None],
         fill: Callable[[LentSlot], None],
-        done: Callable[[float, float, str], None],
+        done: Callable[[PairRates], None],
     ) -> None:
         self._host = host
         self._send = send
@@ -87,9 +95,12 @@ class PairMeter:
 
     def _finish(self) -> None:
         self.is_done = True
-        moved = NUM_PAYLOADS * self._host.send_ring.slot_bytes
+        moved = NUM_PAYLOADS * self._host.send_slot_bytes
         seconds = max(self._host.now() - self._began, 1e-9)
-        self._done(statistics.median(self._round_trips), moved / seconds, path_of(moved, self._network_before, network_bytes()))
+        path = path_of(moved, self._network_before, network_bytes())
+        in_order = sorted(self._round_trips)
+        p99 = in_order[len(in_order) * 99 // 100 - 1]
+        self._done(PairRates(statistics.median(in_order), p99, moved / seconds, path))
 
 
 class ProbeResponder:
@@ -124,10 +135,9 @@ class _ProbeRun:
     def lend(self) -> None:
         """Tells how much has arrived and, while more is to come, lends a slot for it."""
         pong = kv_pb2.Pong(num_arrived=self.num_arrived, run=self.run)
-        slot = self.host.receive_ring.lend() if self.num_lent < self.num_payloads else None
+        slot = self.host.lend_probe(self.incarnation, self._arrived) if self.num_lent < self.num_payloads else None
         if slot is not None:
             self.num_lent += 1
-            self.host.post_probe(slot, self.incarnation, self._arrived)
             pong.slots.slots.add(index=slot.index, generation=slot.generation, bytes=len(slot.buffer))
         self.send(kv_pb2.KvMessage(pong=pong))
 

@@ -1,7 +1,8 @@
 """The sending machine of one hand-off. Sans-IO: it talks through a `SenderPort` and never waits.
 
 Invariants: a piece is packed only while GRANTED and only from blocks that are computed; every slot ever lent to this
-transfer is filled exactly once, with a piece or with a void; the commit is sent after the last piece was posted.
+transfer is filled exactly once, with a piece or with a void; the commit is sent after the last piece was posted. The
+blocks stay until `closed`, so what was revoked can be sent again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from kvtransfer.frames import DIGESTS
 from kvtransfer.protocol import SENDER, Send, SendEvent
 from splitfire.core.layout import KvLayout
 from splitfire.core.lifecycle import IllegalTransition, advance
@@ -24,6 +26,7 @@ class Outcome(Enum):
 
     RECEIVED = "received"
     REFUSED = "refused"
+    REDIRECTED = "redirected"
     ABORTED = "aborted"
     ABORTED_BY_PEER = "aborted by peer"
 
@@ -57,6 +60,9 @@ class SenderPort(Protocol):
     def blocks_per_payload(self, layout: KvLayout, receiver_slot_bytes: int) -> int:
         """How many blocks fit a slot of both rings; 0 when none does."""
 
+    def granted(self) -> None:
+        """The receiver has room for all of it."""
+
     def closed(self, outcome: Outcome, reason: str) -> None:
         """The last call of a machine: its blocks may go."""
 
@@ -83,6 +89,7 @@ class Sender:
         self.shipment = shipment
         self.state = Send.OFFERED
         self.wire_layout = shipment.layout  # what the receiver asked for, once granted
+        self.digest_algorithm = 0  # likewise
         self.first_block = 0
         self.last_progress = clock()
         self.bytes_sent = 0
@@ -133,6 +140,10 @@ class Sender:
             self._send(abort=kv_pb2.Abort(reason=reason))
         self._port.closed(Outcome.ABORTED, reason)
 
+    def progressed(self) -> None:
+        """A payload has left: the peer is there, however long the whole takes."""
+        self.last_progress = self._clock()
+
     def on_message(self, message: kv_pb2.KvMessage) -> None:
         """A control message of the receiver. One that does not fit the state fails the transfer."""
         self.last_progress = self._clock()
@@ -148,50 +159,53 @@ class Sender:
         elif body == "grant":
             self._on_grant(message.grant)
         elif body == "wait":
-            if self.state is not Send.WAITING:
-                self._advance(SendEvent.WAIT)
+            self._advance(SendEvent.WAIT)
         elif body == "refuse":
             self._advance(SendEvent.REFUSE)
             self._port.closed(Outcome.REFUSED, message.refuse.reason)
+        elif body == "redirect":
+            self._advance(SendEvent.REDIRECT)
+            self._port.closed(Outcome.REDIRECTED, message.redirect.reason)
         elif body == "revoke":
             self._advance(SendEvent.REVOKE)
-            self._pieces.clear()
-            self._num_planned = 0
+            self._forget_plan()
+            self._send(stopped=kv_pb2.Stopped())
         elif body == "received":
             self._advance(SendEvent.RECEIVED)
             self._port.closed(Outcome.RECEIVED, "")
-        elif body == "abort" and self.is_open:
+        elif body == "abort":
             self._advance(SendEvent.ABORT)
-            self._pieces.clear()
+            self._forget_plan()
             self._send(stopped=kv_pb2.Stopped())
             self._port.closed(Outcome.ABORTED_BY_PEER, message.abort.reason)
+        else:
+            raise IllegalTransition(f"{body} is not a receiver's word")
 
     def _on_grant(self, grant: kv_pb2.Grant) -> None:
         self._advance(SendEvent.GRANT)
         layout = layout_from_wire(grant.kv_format)
-        if (
-            grant.kv_format.tp_size != 1
-            or not self.shipment.layout.converts_to(layout)
-            or grant.first_block > self.shipment.num_blocks
-        ):
+        fits = grant.kv_format.tp_size == 1 and self.shipment.layout.converts_to(layout)
+        if not fits or grant.digest_algorithm not in DIGESTS or grant.first_block > self.shipment.num_blocks:
             self.abort("grant does not fit the offer")
             return
-        self.wire_layout = layout
         self._per_payload = self._port.blocks_per_payload(layout, grant.slot_bytes)
         if not self._per_payload:
             self.abort(f"a block of {layout.block_bytes} bytes does not fit a slot of both rings")
             return
+        self.wire_layout, self.digest_algorithm = layout, grant.digest_algorithm
         self.first_block = self._num_planned = grant.first_block
+        self._port.granted()
         self._pump()
 
     def _on_slots(self, slots: kv_pb2.Slots) -> None:
-        """Also after an abort: whatever was lent is filled, so that its receive completes."""
-        for lent in slots.slots:
-            slot = LentSlot(lent.index, lent.generation)
+        """Whatever was lent is filled, so that its receive completes; more than was asked for fails the transfer."""
+        lent = [LentSlot(slot.index, slot.generation) for slot in slots.slots]
+        for slot in lent:
             if self.state is Send.GRANTED and self._pieces:
                 self._port.send_piece(slot, self._pieces.popleft())
             else:
                 self._port.send_void(slot)
+        self._advance(SendEvent.SLOTS)
         self._pump()
 
     def _pump(self) -> None:
@@ -203,10 +217,17 @@ class Sender:
             self._pieces.extend(Piece(start, min(start + self._per_payload, self._num_ready)) for start in starts)
             num_bytes = (self._num_ready - self._num_planned) * self.wire_layout.block_bytes
             self._num_planned = self._num_ready
+            self.last_progress = self._clock()  # from here on the receiver owes an answer
+            self._advance(SendEvent.WANT)
             self._send(want=kv_pb2.Want(bytes=num_bytes, num_slots=len(starts)))
         if self._first_tokens is not None and self._num_planned == self.shipment.num_blocks and not self._pieces:
+            self.last_progress = self._clock()
             self._advance(SendEvent.COMMIT)
             self._send(commit=kv_pb2.Commit(num_blocks=self.shipment.num_blocks, first_tokens=self._first_tokens))
+
+    def _forget_plan(self) -> None:
+        self._pieces.clear()
+        self._num_planned = 0
 
     def _advance(self, event: SendEvent) -> None:
         self.state = advance(SENDER, self.state, event)

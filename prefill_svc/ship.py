@@ -6,44 +6,69 @@ nobody writes to it again before the sequence is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from kvtransfer.sender import Outcome, Sender, Shipment
 from splitfire.engine.engine import SequenceUpdate
-from splitfire.engine.kernels.pack import block_sums, pack
+from splitfire.engine.kernels.pack import pack
 from splitfire.v1 import kv_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Handoff, Job, logprobs_to_wire
 
 
-class BlockShipment:
-    """The agent's Source for one job. Ends with exactly one call of `on_closed`."""
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """How far a held prompt has come: what there is to ship."""
 
-    def __init__(
-        self, context: WorkerContext, job: Job, handoff: Handoff, on_closed: Callable[[BlockShipment, Outcome, str], None]
-    ) -> None:
-        self.job = job
-        self.began = context.clock()
-        self._context = context
-        self._on_closed = on_closed
-        self._block_ids: Sequence[int] = ()
-        shipment = Shipment(handoff.transfer_id, handoff.token, job.spec.num_tokens, context.layout, job.traceparent)
-        self.sender: Sender = context.agent.offer(shipment, handoff.peer, self)
+    num_tokens: int = 0
+    block_ids: Sequence[int] = ()
+    first: kv_pb2.FirstToken | None = None  # with it the prompt is complete
 
-    def advance(self, update: SequenceUpdate) -> None:
-        """A chunk was computed; with the first token the prompt is complete."""
-        self._block_ids = update.block_ids
-        self.sender.computed(update.num_computed)
+    @classmethod
+    def of(cls, job: Job, update: SequenceUpdate) -> Computed:
+        first = None
         if update.token is not None:
             first = kv_pb2.FirstToken(
-                choice=self.job.spec.choice,
+                choice=job.spec.choice,
                 offset=update.offset,
                 token_id=update.token.token_id,
                 logprobs=logprobs_to_wire(update.token),
             )
-            self.sender.finish([first])
+        return cls(update.num_computed, update.block_ids, first)
+
+
+class ShipmentOwner(Protocol):
+    """Who is told what becomes of a shipment."""
+
+    def on_granted(self, shipment: BlockShipment) -> None: ...
+
+    def on_closed(self, shipment: BlockShipment, outcome: Outcome, reason: str) -> None:
+        """The last call."""
+
+
+class BlockShipment:
+    """The agent's Source for one hand-off of a job, which may have several, one after another."""
+
+    def __init__(self, context: WorkerContext, job: Job, handoff: Handoff, owner: ShipmentOwner) -> None:
+        self.job = job
+        self.began = context.clock()
+        self.is_closed = False
+        self._context = context
+        self._owner = owner
+        self._computed = Computed()
+        shipment = Shipment(handoff.transfer_id, handoff.token, job.spec.num_tokens, context.layout, job.traceparent)
+        self.sender: Sender = context.agent.offer(shipment, handoff.peer, self)
+
+    def advance(self, computed: Computed) -> None:
+        """More of the prompt is there."""
+        self._computed = computed
+        self.sender.computed(computed.num_tokens)
+        if computed.first is not None:
+            self.sender.finish([computed.first])
 
     def withdraw(self, reason: str) -> None:
         """The transfer is not needed any more. `on_closed` is called before this returns, unless it was before."""
@@ -51,13 +76,16 @@ class BlockShipment:
 
     # -- Source
 
-    def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview) -> list[int]:
+    def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview, *, digest: bool) -> list[int]:
         layout, spec = self._context.layout, self.job.spec
         num_tokens = min(spec.num_tokens - first_block * layout.block_size, num_blocks * layout.block_size)
         buffer = torch.frombuffer(payload, dtype=torch.uint8)
-        ids = self._block_ids[first_block : first_block + num_blocks]
-        pack(self._context.host.engine.runner.pool, ids, num_tokens, dtype, buffer)
-        return block_sums(buffer, num_blocks)
+        ids = self._computed.block_ids[first_block : first_block + num_blocks]
+        return pack(self._context.host.engine.runner.pool, ids, num_tokens, dtype, buffer, digest=digest)
+
+    def granted(self) -> None:
+        self._owner.on_granted(self)
 
     def closed(self, outcome: Outcome, reason: str) -> None:
-        self._on_closed(self, outcome, reason)
+        self.is_closed = True
+        self._owner.on_closed(self, outcome, reason)

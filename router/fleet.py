@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
 
+from router.pairs import Link, Pairs, is_possible
 from router.placement import Placement, WorkerView
 from splitfire.core import limits
 from splitfire.core.errors import InvalidInput, Mismatch, Unavailable
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR, Fingerprint
+from splitfire.core.machine import MAX_SETTING_CHARS, UCX_SETTINGS
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.wire import fingerprint_from_wire
 from splitfire.v1 import fleet_pb2, inference_pb2
@@ -109,7 +111,8 @@ class Fleet:
         self._model = model
         self._on_change = on_change
         self._workers: dict[bytes, WorkerHandle] = {}
-        self._pairs: dict[tuple[bytes, bytes], fleet_pb2.PairMeasurement] = {}
+        self.pairs = Pairs()
+        self._bad_pairs: dict[tuple[bytes, bytes], float] = {}  # (prefill, decode) until when
         self._next_attempt = 1
 
     @property
@@ -135,7 +138,13 @@ class Fleet:
 
     def snapshot(self) -> list[WorkerView]:
         now = time.monotonic()
-        return [worker.view(now) for worker in self._workers.values()]
+        rates = self.pairs.rates()
+        views = [replace(w.view(now), peer_bytes_per_s=rates.get(w.incarnation, {})) for w in self._workers.values()]
+        if self._bad_pairs:
+            self._bad_pairs = {pair: until for pair, until in self._bad_pairs.items() if now < until}
+            bad = {prefill: frozenset(d for p, d in self._bad_pairs if p == prefill) for prefill, _ in self._bad_pairs}
+            views = [replace(view, bad_peers=bad.get(view.incarnation, frozenset())) for view in views]
+        return views
 
     def begin(self, placement: Placement, num_tokens: int, events: AttemptEvents) -> int:
         """Counts an attempt at its workers from now on, before anything is sent; its number."""
@@ -147,6 +156,23 @@ class Fleet:
         assert computing is not None
         self._workers[computing].waiting_tokens[attempt] = num_tokens
         return attempt
+
+    def move(self, attempt: int, source: bytes | None, target: bytes, events: AttemptEvents) -> None:
+        """Another decode worker takes the attempt; the one before, if it is still there, lets go of it."""
+        if source is not None:
+            self.end(attempt, source, "redirected")
+        self._workers[target].attempts[attempt] = events
+
+    def has(self, attempt: int, incarnation: bytes | None) -> bool:
+        """Whether the attempt is open at a worker that is attached."""
+        worker = self._workers.get(incarnation) if incarnation is not None else None
+        return worker is not None and attempt in worker.attempts
+
+    def avoid_pair(self, prefill: bytes, decode: bytes) -> None:
+        """A transfer between these two broke though both live (F31): for a while they are paired only if there is nobody else."""
+        self._bad_pairs[(prefill, decode)] = time.monotonic() + limits.BAD_PAIR_S
+        while len(self._bad_pairs) > limits.MAX_WORKERS:
+            del self._bad_pairs[next(iter(self._bad_pairs))]
 
     def started(self, attempt: int) -> None:
         """The first token came: its prompt waits for nobody any more."""
@@ -193,8 +219,8 @@ class Fleet:
         if self._workers.get(worker.incarnation) is not worker:
             return
         del self._workers[worker.incarnation]
-        for pair in [p for p in self._pairs if worker.incarnation in p]:
-            del self._pairs[pair]
+        self.pairs.forget(worker.incarnation)
+        self._bad_pairs = {pair: until for pair, until in self._bad_pairs.items() if worker.incarnation not in pair}
         for other in self._workers.values():
             if other.is_prefill is not worker.is_prefill:
                 other.send(peer_gone=fleet_pb2.PeerGone(incarnation=worker.incarnation))
@@ -235,7 +261,26 @@ class Fleet:
             if worker.load.is_draining is not before.is_draining or worker.load.free_blocks > before.free_blocks:
                 self._on_change()
         elif report.HasField("pair"):
-            self._pairs[(worker.incarnation, report.pair.peer_incarnation)] = report.pair
+            self._on_pair(worker, report.pair)
+
+    def _on_pair(self, worker: WorkerHandle, measured: fleet_pb2.PairMeasurement) -> None:
+        peer = self._workers.get(measured.peer_incarnation)
+        if not is_possible(measured):
+            self.strike(worker.incarnation, "impossible_pair", suspect_after=3)
+        elif peer is not None and worker.is_prefill and not peer.is_prefill:  # else it went meanwhile
+            self.pairs.record(Link(worker.incarnation, peer.incarnation), measured)
+
+    async def measure_pairs(self) -> None:
+        """Every pair anew, within bounds (pairs.py)."""
+        prefills = [w for w in self._workers.values() if w.is_prefill]
+        decodes = [w for w in self._workers.values() if not w.is_prefill]
+
+        def ask(prefill: bytes, decode: bytes) -> None:
+            worker = self._workers.get(prefill)
+            if worker is not None:
+                worker.send(measure=fleet_pb2.Measure(peer_incarnation=decode))
+
+        await self.pairs.measure([Link(p.incarnation, d.incarnation) for p in prefills for d in decodes], ask)
 
     def describe(self) -> inference_pb2.GetFleetResponse:
         response = inference_pb2.GetFleetResponse()
@@ -246,14 +291,16 @@ class Fleet:
                 kv_dtype=hello.kv_format.dtype, block_size=hello.kv_format.block_size, total_blocks=load.total_blocks,
                 free_blocks=load.free_blocks, running_sequences=load.running_sequences, queued_tokens=load.queued_tokens,
                 prefill_tokens_per_s=load.prefill_tokens_per_s, decode_tokens_per_s=load.decode_tokens_per_s,
-                resident_bytes=load.resident_bytes, held_slots=load.held_slots,
+                resident_bytes=load.resident_bytes, held_slots=load.held_slots, machine=hello.machine,
             )  # fmt: skip
-        for (prefill, decode), pair in self._pairs.items():
-            if prefill in self._workers and decode in self._workers:
-                response.pairs.add(
-                    prefill_worker_id=self._workers[prefill].hello.worker_id, decode_worker_id=self._workers[decode].hello.worker_id,
-                    transport=pair.transport, path=pair.path, round_trip_s=pair.round_trip_s, bytes_per_s=pair.bytes_per_s,
-                )  # fmt: skip
+        for link, known in self.pairs.items():
+            prefill, decode, found = self._workers[link.prefill].hello, self._workers[link.decode].hello, known.measured
+            response.pairs.add(
+                prefill_worker_id=prefill.worker_id, decode_worker_id=decode.worker_id, transport=found.transport, path=found.path,
+                round_trip_s=found.round_trip_s, round_trip_p99_s=found.round_trip_p99_s, bytes_per_s=found.bytes_per_s,
+                memcpy_bytes_per_s=found.memcpy_bytes_per_s, age_s=time.monotonic() - known.measured_at,
+                is_same_machine=bool(prefill.machine.machine_id) and prefill.machine.machine_id == decode.machine.machine_id,
+            )  # fmt: skip
         return response
 
     def check(self, hello: fleet_pb2.Hello) -> None:
@@ -309,8 +356,23 @@ def check_hello(hello: fleet_pb2.Hello) -> None:
             "fingerprint.block_size",
             f"is {block_size}, and {hello.kv_format.block_size} in kv_format, accepted: one power of two, 8 to 256",
         )
-    if not 1 <= len(hello.transports) <= 8 or any(len(t.address) > 4096 or len(t.name) > 32 for t in hello.transports):
+    check_machine(hello.machine)
+    if not 1 <= len(hello.transports) <= 8 or any(
+        len(t.address) > 4096 or len(t.name) > limits.MAX_TRANSPORT_CHARS for t in hello.transports
+    ):
         raise InvalidInput("transports", "accepted: 1 to 8, addresses of at most 4096 bytes")
+
+
+def check_machine(facts: inference_pb2.MachineFacts) -> None:
+    """Numbers may be any; text is bounded and can be shown."""
+    for name, most in (("machine_id", 64), ("transport", limits.MAX_TRANSPORT_CHARS), ("transport_version", 32)):
+        text = getattr(facts, name)
+        if len(text) > most or not text.isprintable():
+            raise InvalidInput(f"machine.{name}", f"accepted: at most {most} printable characters")
+    texts = facts.ucx_settings
+    if len(texts) > len(UCX_SETTINGS) or any(len(text) > MAX_SETTING_CHARS or not text.isprintable() for text in texts):
+        bounds = f"{len(UCX_SETTINGS)} of {MAX_SETTING_CHARS}"
+        raise InvalidInput("machine.ucx_settings", f"accepted: at most {bounds} printable characters")
 
 
 def clamp(load: fleet_pb2.Load, total_blocks: int) -> bool:

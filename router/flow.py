@@ -16,8 +16,8 @@ import structlog
 from router.admission import Admission, Ticket
 from router.attempt import Attempt
 from router.choice import Choice
-from router.fleet import Fleet
-from router.placement import Demand, Placement, Split, missing_role, place
+from router.fleet import Fleet, WorkerHandle
+from router.placement import Demand, Placement, Split, missing_role, place, place_again
 from splitfire.core import limits
 from splitfire.core.errors import DeadlineExceeded, Exhausted, SplitfireError, Unavailable
 from splitfire.core.hashing import chain_root, hash_blocks
@@ -119,7 +119,7 @@ class Flow:
         placed: asyncio.Future[Attempt | None] = asyncio.get_running_loop().create_future()
 
         def start(placement: Placement) -> None:
-            attempt = Attempt(choice, placement, self.fleet, self._vocab_size)
+            attempt = Attempt(choice, placement, self.fleet, self._vocab_size, self._redirect)
             choice.end_attempt = lambda reason: attempt.end(None, reason)
             placed.set_result(attempt)
 
@@ -165,17 +165,19 @@ class Flow:
         self._telemetry.record("dispatch", plan.traceparent, timeline.placed_at, now, attributes)
 
     def _find_room(self, choice: Choice) -> Placement | None:
-        plan = choice.plan
         choice.timeline.place_began = time.monotonic()
-        demand = Demand(
+        placement = place(self.fleet.snapshot(), self._demand(choice), self.split, self._random)
+        choice.timeline.placed_at = time.monotonic()
+        return placement
+
+    def _demand(self, choice: Choice) -> Demand:
+        plan = choice.plan
+        return Demand(
             num_tokens=len(plan.prompt) + len(choice.ids),
             ends_with_first_token=plan.stopping.max_tokens - len(choice.ids) == 1,
             prefers=self._sessions.get(plan.session_id, frozenset()) if plan.session_id else frozenset(),
             avoids=frozenset(choice.failed_at),
         )
-        placement = place(self.fleet.snapshot(), demand, self.split, self._random)
-        choice.timeline.placed_at = time.monotonic()
-        return placement
 
     def _dispatch(self, choice: Choice, attempt: Attempt) -> None:
         """Submit to both workers at once. Decode holds no memory for it yet."""
@@ -185,12 +187,14 @@ class Flow:
         decode = self.fleet.worker(placement.decode) if placement.decode else None
         submit = self._submit(choice, attempt)
         if prefill is not None and decode is not None:
-            transfer_id, token = secrets.token_bytes(16), secrets.token_bytes(16)
-            for worker, peer, part in ((prefill, decode, fleet_pb2.PART_PREFILL), (decode, prefill, fleet_pb2.PART_DECODE)):
+            to_decode, to_prefill = _handoff_ends(prefill, decode)
+            attempt.transfer_id = to_decode.transfer_id
+            ends = ((prefill, to_decode, fleet_pb2.PART_PREFILL), (decode, to_prefill, fleet_pb2.PART_DECODE))
+            for worker, handoff, part in ends:
                 mine = fleet_pb2.Submit()
                 mine.CopyFrom(submit)
                 mine.part = part
-                mine.handoff.CopyFrom(fleet_pb2.Handoff(transfer_id=transfer_id, token=token, peer=peer.peer()))
+                mine.handoff.CopyFrom(handoff)
                 worker.send(submit=mine)
         elif prefill is not None:
             submit.part = fleet_pb2.PART_PREFILL
@@ -201,8 +205,30 @@ class Flow:
         if plan.session_id:
             self._remember(plan.session_id, placement)
 
+    def _redirect(self, attempt: Attempt) -> bool:
+        """The hand-off failed, the prompt is still held: another decode worker takes it. False: there is none now."""
+        choice, placement = attempt.choice, attempt.placement
+        moved = place_again(self.fleet.snapshot(), self._demand(choice), placement, self._random)
+        if moved is None or moved.prefill is None or moved.decode is None:
+            return False
+        prefill, decode = self.fleet.worker(moved.prefill), self.fleet.worker(moved.decode)
+        if prefill is None or decode is None or attempt.number not in prefill.attempts:
+            return False
+        self.fleet.move(attempt.number, placement.decode, moved.decode, attempt)
+        attempt.placement = moved
+        to_decode, to_prefill = _handoff_ends(prefill, decode)
+        attempt.transfer_id = to_decode.transfer_id
+        submit = self._submit(choice, attempt)
+        submit.part = fleet_pb2.PART_DECODE
+        submit.handoff.CopyFrom(to_prefill)
+        decode.send(submit=submit)
+        prefill.send(redirect=fleet_pb2.Redirect(attempt=attempt.number, handoff=to_decode))
+        log.info("redirected", request_id=choice.plan.request_id, to=decode.hello.worker_id)
+        return True
+
     def _submit(self, choice: Choice, attempt: Attempt) -> fleet_pb2.Submit:
-        plan = choice.plan
+        """What the workers are to continue: the ids this attempt began with, whatever it has brought since."""
+        plan, ids = choice.plan, choice.ids[: attempt.resumed_at]
         fingerprint = self.fleet.fingerprint
         assert fingerprint is not None  # it was placed, so somebody is attached
         root = chain_root(b"", fingerprint.digest, "")
@@ -210,12 +236,12 @@ class Flow:
             attempt=attempt.number,
             request_id=plan.request_id,
             prompt_token_ids=plan.prompt,
-            output_token_ids=choice.ids,
+            output_token_ids=ids,
             choice=choice.index,
             sampling=sampling_to_wire(plan.sampling),
             stopping=stopping_to_wire(plan.stopping),
             priority=plan.priority,  # type: ignore[arg-type]
-            block_hashes=hash_blocks(root, (*plan.prompt, *choice.ids), fingerprint.block_size),
+            block_hashes=hash_blocks(root, (*plan.prompt, *ids), fingerprint.block_size),
             traceparent=plan.traceparent,
         )
 
@@ -229,3 +255,10 @@ class Flow:
         parts = (("splitfire.prefill_worker", placement.prefill), ("splitfire.decode_worker", placement.decode))
         workers = {key: self.fleet.worker(incarnation) for key, incarnation in parts if incarnation}
         return {key: worker.hello.worker_id for key, worker in workers.items() if worker is not None}
+
+
+def _handoff_ends(prefill: WorkerHandle, decode: WorkerHandle) -> tuple[fleet_pb2.Handoff, fleet_pb2.Handoff]:
+    """One transfer as each end is told of it: to prefill, who receives; to decode, who sends."""
+    transfer_id, token = secrets.token_bytes(16), secrets.token_bytes(16)
+    to_decode = fleet_pb2.Handoff(transfer_id=transfer_id, token=token, peer=decode.peer())
+    return to_decode, fleet_pb2.Handoff(transfer_id=transfer_id, token=token, peer=prefill.peer())

@@ -1,17 +1,20 @@
 """Which workers a request goes to. Pure: a snapshot of the fleet in, a placement or None out.
 
 Least loaded by the router's own counts (what it dispatched and has not seen end), so that reports that lag cannot make a
-herd; ties are broken at random, or a quiet system would send everything to one worker.
+herd; ties are broken at random, or a quiet system would send everything to one worker. Of decode workers that tie, those
+that the prompt's KV would take at least twice as long to reach are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
 Split = Literal["always", "auto", "never"]
+MUCH_SLOWER = 2.0  # times; less is noise of a measurement
+_UNMEASURED: Mapping[bytes, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class WorkerView:
     block_size: int
     free_blocks: int
     is_suspect: bool = False  # broke the protocol lately: taken when there is nobody else
+    bad_peers: frozenset[bytes] = frozenset()  # a transfer with them broke lately: paired when there is nobody else
+    peer_bytes_per_s: Mapping[bytes, float] = field(default_factory=dict)  # of a prefill worker: to decode workers, as measured
 
     @property
     def has_prefill_room(self) -> bool:
@@ -80,8 +85,23 @@ def place(workers: Sequence[WorkerView], demand: Demand, split: Split, random: R
         return None
     if demand.ends_with_first_token:
         return Placement(prefill.incarnation, None)
-    decode = _least_loaded([w for w in decodes if w.has_decode_room(demand.num_tokens)], demand, random)
+    decode = _decode_for(prefill, decodes, demand, random)
     return Placement(prefill.incarnation, decode.incarnation) if decode is not None else None
+
+
+def place_again(workers: Sequence[WorkerView], demand: Demand, placement: Placement, random: Random) -> Placement | None:
+    """Another decode worker for a prompt whose hand-off to `placement.decode` failed; None: nobody else has room now."""
+    prefill = next((w for w in workers if w.incarnation == placement.prefill), None)
+    others = [w for w in workers if not w.is_prefill and w.can_take and w.incarnation not in demand.avoids]
+    if prefill is None:
+        return None
+    decode = _decode_for(prefill, [w for w in others if w.incarnation not in prefill.bad_peers], demand, random)
+    return Placement(placement.prefill, decode.incarnation) if decode is not None else None
+
+
+def _decode_for(prefill: WorkerView, decodes: Sequence[WorkerView], demand: Demand, random: Random) -> WorkerView | None:
+    good = [w for w in decodes if w.incarnation not in prefill.bad_peers] or decodes
+    return _least_loaded([w for w in good if w.has_decode_room(demand.num_tokens)], demand, random, prefill.peer_bytes_per_s)
 
 
 def _trusted(workers: Sequence[WorkerView], demand: Demand) -> list[WorkerView]:
@@ -91,14 +111,22 @@ def _trusted(workers: Sequence[WorkerView], demand: Demand) -> list[WorkerView]:
     return [w for w in usable if not w.is_suspect and w.incarnation not in demand.avoids] or usable
 
 
-def _least_loaded(workers: Sequence[WorkerView], demand: Demand, random: Random) -> WorkerView | None:
+def _least_loaded(
+    workers: Sequence[WorkerView], demand: Demand, random: Random, bytes_per_s: Mapping[bytes, float] = _UNMEASURED
+) -> WorkerView | None:
     """A worker the session prefers wins only among equals of at most one request more."""
     if not workers:
         return None
     least = min(_load(w) for w in workers)
     slack = workers[0].chunk_tokens if workers[0].is_prefill else 1
     preferred = [w for w in workers if w.incarnation in demand.prefers and _load(w) <= least + slack]
-    return random.choice(preferred or [w for w in workers if _load(w) == least])
+    return random.choice(preferred or _near([w for w in workers if _load(w) == least], bytes_per_s))
+
+
+def _near(workers: Sequence[WorkerView], bytes_per_s: Mapping[bytes, float]) -> list[WorkerView]:
+    """Without those much slower to reach than the fastest. What was not measured is not known to be slow."""
+    fastest = max((bytes_per_s.get(w.incarnation, 0.0) for w in workers), default=0.0)
+    return [w for w in workers if bytes_per_s.get(w.incarnation, fastest) * MUCH_SLOWER > fastest or not fastest]
 
 
 def _load(worker: WorkerView) -> int:

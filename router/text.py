@@ -142,6 +142,9 @@ class _Process:
         except (TimeoutError, EOFError) as exc:
             await worker.kill()
             raise ModelError("tokenizer.json or chat_template: loading it does not end, or needs too much memory") from exc
+        except BaseException:  # whatever it was, and whoever does not want it any more: no process stays behind
+            await worker.kill()
+            raise
         if "refused" in answer:
             await worker.kill()
             raise ModelError(str(answer["refused"]))

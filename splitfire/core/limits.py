@@ -54,12 +54,19 @@ SUSPECT_FOR_S = 30.0  # after breaking the protocol
 KEEPALIVE_TIME_S = 10.0
 KEEPALIVE_TIMEOUT_S = 3.0
 MAX_WORKER_ID_CHARS = 128
+MAX_TRANSPORT_CHARS = 32
+MEASURE_EVERY_S = 1.0  # pairs are measured anew at most this often, whoever asks
+MEASURE_PAIR_S = 1.0  # one pair may take this long
+MEASURE_TIMEOUT_S = 5.0  # and all of them
 
 # The hand-off.
 MAX_CONTROL_BYTES = 64 * 1024
 OFFER_PARKED_S = 2.0
 MAX_PARKED_OFFERS = 256
 GRANT_WAIT_S = 5.0
+REDIRECT_WAIT_S = 5.0  # a prompt without a receiver waits this long for the router to name one
+MAX_REDIRECTS = 2  # of one attempt
+BAD_PAIR_S = 30.0  # two workers whose transfer broke, though both live, are not paired for this long
 PROGRESS_S = 2.0
 HOLD_S = 30.0
 

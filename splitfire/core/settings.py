@@ -75,6 +75,7 @@ def _power_of_two(value: int) -> int:
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+KvDtype = Literal["auto", "bf16", "fp16", "fp32", "int8", "fp8_e4m3"]
 
 
 class ServiceSettings(BaseSettings):
@@ -90,6 +91,8 @@ class ServiceSettings(BaseSettings):
     max_context: int | None = Field(None, ge=16, le=limits.MAX_POSITIONS, description="tokens, prompt and output; the model's own")
     fleet_token_file: Path | None = Field(None, description="file with the secret that router and workers share")
     trace_file: Path | None = Field(None, description="write spans to this file, for Perfetto")
+    metrics_host: str = Field("127.0.0.1", description="address of the metrics port")
+    metrics_port: Port | None = Field(None, description="Prometheus metrics over HTTP; default: off; 0 draws a port")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line to write")
 
 
@@ -121,7 +124,7 @@ class RouterSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _safe_binds(self) -> RouterSettings:
-        _require_loopback(self, host=self.host, worker_host=self.worker_host)
+        _require_loopback(self, host=self.host, worker_host=self.worker_host, metrics_host=self.metrics_host)
         if 0 < self.port == self.worker_port and self.host == self.worker_host:
             raise ValueError(f"port and worker_port are both {self.port}: clients and workers need a port each")
         return self
@@ -139,7 +142,9 @@ class WorkerSettings(ServiceSettings):
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
     dtype: Dtype = Field("auto", description="of weights and computation; auto: the checkpoint's, fp32 on a CPU without bf16 units")
-    kv_dtype: Dtype = Field("auto", description="of the KV pool; auto: the dtype of computation")
+    kv_dtype: KvDtype = Field(
+        "auto", description="of the KV pool: bf16, fp16, fp32, int8 or fp8_e4m3; auto: the dtype of computation"
+    )
     block_size: Annotated[int, Field(ge=8, le=256), AfterValidator(_power_of_two)] = Field(32, description="tokens a KV block")
     kv_memory: Bytes | None = Field(
         None, ge=1 << 20, description="size of the KV pool, such as 512MiB; default: one sequence of max_context, at least 128MiB"
@@ -149,10 +154,16 @@ class WorkerSettings(ServiceSettings):
     prefix_cache: bool = Field(True, description="keep finished KV for prompts that begin alike")
     cpus: Annotated[str, _checked_by(parse_cpus)] = Field("", description="processors to run on, such as 0 or 0,2-3; default: all")
     threads: int | None = Field(None, ge=1, le=1024, description="threads of the model; default: one a processor")
-    slot_size: Bytes = Field(1 << 20, ge=64 << 10, le=64 << 20, description="size of one ring slot")
-    send_slots: int = Field(4, ge=1, le=256, description="ring slots for sending")
-    receive_slots: int = Field(16, ge=2, le=256, description="ring slots for receiving")
+    slot_size: Bytes = Field(2 << 20, ge=64 << 10, le=64 << 20, description="size of one ring slot")
+    send_slots: int = Field(4, ge=1, le=256, description="ring slots for sending to one peer")
+    receive_slots: int = Field(8, ge=2, le=256, description="ring slots for receiving from one peer")
+    max_peers: int = Field(16, ge=1, le=limits.MAX_WORKERS, description="workers of the other role that get ring slots")
+    kv_digest: bool = Field(True, description="verify every KV block that arrives")
+    transport: Literal["ucx", "tcp"] = Field("ucx", description="what carries KV; every worker of a fleet uses the same")
     ucx_devices: str = Field("lo", description="network devices UCX may use; lo: this host only; all: every one")
+    tcp_host: str = Field("127.0.0.1", description="address that transport tcp listens on")
+    tcp_port: Port = Field(0, description="port that transport tcp listens on; 0 draws one")
+    tcp_advertise: str = Field("", description="address that peers reach transport tcp by; default: tcp_host")
     status_host: str = Field("127.0.0.1", description="address of the health port")
     status_port: Port = Field(0, description="gRPC health; 0 draws a port")
     allow_nonfinite: bool = Field(False, description="load weights that hold NaN or infinite values")
@@ -160,7 +171,7 @@ class WorkerSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _relations(self) -> WorkerSettings:
-        _require_loopback(self, status_host=self.status_host)
+        _require_loopback(self, status_host=self.status_host, tcp_host=self.tcp_host, metrics_host=self.metrics_host)
         if self.ucx_devices != "lo" and not self.insecure:
             raise ValueError(f"ucx_devices {self.ucx_devices} carries KV in clear text between hosts: use lo, or --insecure")
         if self.role == "prefill" and self.drain_grace_s is not None and self.drain_grace_s <= limits.HOLD_S:
@@ -248,7 +259,7 @@ PARENT_VARIABLE = ENV_PREFIX + "PARENT"
 # What only the command line tool reads (splitfire/cli): the twins of its own flags.
 _CLI_FLAGS = (
     *("PREFILL", "DECODE", "AGGREGATED", "PREFILL_CPUS", "DECODE_CPUS", "SERVER", "TIMEOUT", "DEMO_PROMPT", "DEMO_TOKENS"),
-    *("MAX_TOKENS", "TEMPERATURE", "TOP_P", "TOP_K", "SEED", "STOP", "TRACE"),
+    *("MAX_TOKENS", "TEMPERATURE", "TOP_P", "TOP_K", "SEED", "STOP", "TRACE", "JSON"),
 )
 CLI_VARIABLES = {PARENT_VARIABLE, *(ENV_PREFIX + name for name in _CLI_FLAGS)}
 

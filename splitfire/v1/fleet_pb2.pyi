@@ -92,6 +92,7 @@ class AttachResponse(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     PEER_UP_FIELD_NUMBER: _builtins.int
     PEER_GONE_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -106,6 +107,8 @@ class AttachResponse(_message.Message):
     def peer_up(self) -> Global___PeerUp: ...
     @_builtins.property
     def peer_gone(self) -> Global___PeerGone: ...
+    @_builtins.property
+    def measure(self) -> Global___Measure: ...
     def __init__(
         self,
         *,
@@ -116,12 +119,13 @@ class AttachResponse(_message.Message):
         drain: Global___Drain | None = ...,
         peer_up: Global___PeerUp | None = ...,
         peer_gone: Global___PeerGone | None = ...,
+        measure: Global___Measure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "frame", b"frame", "peer_gone", b"peer_gone", "peer_up", b"peer_up", "redirect", b"redirect", "submit", b"submit", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "frame", b"frame", "measure", b"measure", "peer_gone", b"peer_gone", "peer_up", b"peer_up", "redirect", b"redirect", "submit", b"submit", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "frame", b"frame", "peer_gone", b"peer_gone", "peer_up", b"peer_up", "redirect", b"redirect", "submit", b"submit", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "frame", b"frame", "measure", b"measure", "peer_gone", b"peer_gone", "peer_up", b"peer_up", "redirect", b"redirect", "submit", b"submit", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "submit", "cancel", "redirect", "drain", "peer_up", "peer_gone"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "submit", "cancel", "redirect", "drain", "peer_up", "peer_gone", "measure"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -204,7 +208,7 @@ class KvFormat(_message.Message):
     TP_SIZE_FIELD_NUMBER: _builtins.int
     TP_RANK_FIELD_NUMBER: _builtins.int
     dtype: _builtins.str
-    """bf16, fp16 or fp32"""
+    """bf16, fp16, fp32, int8 or fp8_e4m3; the last two with an fp16 scale a vector (splitfire/core/layout.py)"""
     num_layers: _builtins.int
     num_kv_heads: _builtins.int
     head_dim: _builtins.int
@@ -297,6 +301,7 @@ class Hello(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.bytes
     """16 random bytes, drawn at start"""
@@ -313,6 +318,8 @@ class Hello(_message.Message):
     def transports(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportAddress]: ...
     @_builtins.property
     def capacity(self) -> Global___Capacity: ...
+    @_builtins.property
+    def machine(self) -> _inference_pb2.MachineFacts: ...
     def __init__(
         self,
         *,
@@ -325,10 +332,11 @@ class Hello(_message.Message):
         transports: _abc.Iterable[Global___TransportAddress] | None = ...,
         capacity: Global___Capacity | None = ...,
         host: _builtins.str = ...,
+        machine: _inference_pb2.MachineFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "fingerprint", b"fingerprint", "kv_format", b"kv_format", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "fingerprint", b"fingerprint", "kv_format", b"kv_format", "machine", b"machine", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "fingerprint", b"fingerprint", "host", b"host", "incarnation", b"incarnation", "kv_format", b"kv_format", "role", b"role", "transports", b"transports", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "fingerprint", b"fingerprint", "host", b"host", "incarnation", b"incarnation", "kv_format", b"kv_format", "machine", b"machine", "role", b"role", "transports", b"transports", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -612,7 +620,7 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Redirect(_message.Message):
-    """Another decode worker for a prefill already computed. The prefill worker offers again."""
+    """Another decode worker for a prompt whose hand-off failed: the prefill worker offers what it holds to this one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -694,6 +702,27 @@ class PeerGone(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerGone: _TypeAlias = PeerGone  # noqa: Y015
+
+@_typing.final
+class Measure(_message.Message):
+    """Measure the pair with this peer again, and report it. One that is under way is not started twice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_INCARNATION_FIELD_NUMBER: _builtins.int
+    peer_incarnation: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        peer_incarnation: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer_incarnation", b"peer_incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Measure: _TypeAlias = Measure  # noqa: Y015
 
 @_typing.final
 class StepOutput(_message.Message):
@@ -787,8 +816,11 @@ class Finished(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     reason: _inference_pb2.FinishReason.ValueType
+    transfer_id: _builtins.bytes
+    """from a prefill worker: the hand-off by which the prompt's KV went"""
     @_builtins.property
     def timing(self) -> Global___WorkerTiming: ...
     @_builtins.property
@@ -800,10 +832,11 @@ class Finished(_message.Message):
         reason: _inference_pb2.FinishReason.ValueType = ...,
         timing: Global___WorkerTiming | None = ...,
         kv_transfer: _inference_pb2.KvTransfer | None = ...,
+        transfer_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_transfer", b"kv_transfer", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "kv_transfer", b"kv_transfer", "reason", b"reason", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "kv_transfer", b"kv_transfer", "reason", b"reason", "timing", b"timing", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -820,12 +853,18 @@ class Refused(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     IS_RETRYABLE_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    IS_HELD_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     code: _builtins.int
     """google.rpc.Code"""
     reason: _builtins.str
     message: _builtins.str
     is_retryable: _builtins.bool
+    transfer_id: _builtins.bytes
+    """the hand-off that failed, when `is_held`"""
+    is_held: _builtins.bool
+    """a prefill worker still has the prompt's KV, or computes it: Redirect or Cancel follows, or it lets go"""
     def __init__(
         self,
         *,
@@ -834,10 +873,12 @@ class Refused(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         is_retryable: _builtins.bool = ...,
+        transfer_id: _builtins.bytes = ...,
+        is_held: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "code", b"code", "is_retryable", b"is_retryable", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "code", b"code", "is_held", b"is_held", "is_retryable", b"is_retryable", "message", b"message", "reason", b"reason", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -951,11 +992,21 @@ class PairMeasurement(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
     BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_P99_S_FIELD_NUMBER: _builtins.int
+    MEMCPY_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
     peer_incarnation: _builtins.bytes
     transport: _builtins.str
     path: _builtins.str
+    """"shared memory", "network" or "unknown", by what was seen to carry the bytes"""
     round_trip_s: _builtins.float
+    """median"""
     bytes_per_s: _builtins.float
+    round_trip_p99_s: _builtins.float
+    memcpy_bytes_per_s: _builtins.float
+    """the same bytes, copied in the worker's own memory"""
+    age_s: _builtins.float
+    """since it was measured, when this was sent"""
     def __init__(
         self,
         *,
@@ -964,10 +1015,13 @@ class PairMeasurement(_message.Message):
         path: _builtins.str = ...,
         round_trip_s: _builtins.float = ...,
         bytes_per_s: _builtins.float = ...,
+        round_trip_p99_s: _builtins.float = ...,
+        memcpy_bytes_per_s: _builtins.float = ...,
+        age_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "path", b"path", "peer_incarnation", b"peer_incarnation", "round_trip_s", b"round_trip_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "bytes_per_s", b"bytes_per_s", "memcpy_bytes_per_s", b"memcpy_bytes_per_s", "path", b"path", "peer_incarnation", b"peer_incarnation", "round_trip_p99_s", b"round_trip_p99_s", "round_trip_s", b"round_trip_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -770,12 +770,17 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 class GetFleetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    MEASURE_FIELD_NUMBER: _builtins.int
+    measure: _builtins.bool
+    """measure every pair again first: takes 5 s at most; calls within a second share one round"""
     def __init__(
         self,
+        *,
+        measure: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["measure", b"measure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -835,6 +840,7 @@ class WorkerStatus(_message.Message):
     DECODE_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     HELD_SLOTS_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     is_draining: _builtins.bool
@@ -853,6 +859,8 @@ class WorkerStatus(_message.Message):
     resident_bytes: _builtins.int
     held_slots: _builtins.int
     """ring slots in use, both directions"""
+    @_builtins.property
+    def machine(self) -> Global___MachineFacts: ...
     def __init__(
         self,
         *,
@@ -870,14 +878,92 @@ class WorkerStatus(_message.Message):
         decode_tokens_per_s: _builtins.float = ...,
         resident_bytes: _builtins.int = ...,
         held_slots: _builtins.int = ...,
+        machine: Global___MachineFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "held_slots", b"held_slots", "incarnation", b"incarnation", "is_draining", b"is_draining", "kv_dtype", b"kv_dtype", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_tokens", b"queued_tokens", "resident_bytes", b"resident_bytes", "role", b"role", "running_sequences", b"running_sequences", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "held_slots", b"held_slots", "incarnation", b"incarnation", "is_draining", b"is_draining", "kv_dtype", b"kv_dtype", "machine", b"machine", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_tokens", b"queued_tokens", "resident_bytes", b"resident_bytes", "role", b"role", "running_sequences", b"running_sequences", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class MachineFacts(_message.Message):
+    """What a worker sees of the machine it runs on, when it attaches. Numbers are 0 where the kernel does not tell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MACHINE_ID_FIELD_NUMBER: _builtins.int
+    NUM_CPUS_FIELD_NUMBER: _builtins.int
+    NUM_GPUS_FIELD_NUMBER: _builtins.int
+    NUM_CUDA_DEVICES_FIELD_NUMBER: _builtins.int
+    MEMLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    SHM_BYTES_FIELD_NUMBER: _builtins.int
+    SHM_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    IS_SHM_WRITABLE_FIELD_NUMBER: _builtins.int
+    IPC_NAMESPACE_FIELD_NUMBER: _builtins.int
+    PID_NAMESPACE_FIELD_NUMBER: _builtins.int
+    NETWORK_NAMESPACE_FIELD_NUMBER: _builtins.int
+    HAS_RDMA_FIELD_NUMBER: _builtins.int
+    HAS_COMPILED_KERNELS_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_VERSION_FIELD_NUMBER: _builtins.int
+    UCX_SETTINGS_FIELD_NUMBER: _builtins.int
+    machine_id: _builtins.str
+    """opaque; equal: one kernel, booted once"""
+    num_cpus: _builtins.int
+    """that the process may use"""
+    num_gpus: _builtins.int
+    """that it can open"""
+    num_cuda_devices: _builtins.int
+    """that PyTorch can use"""
+    memlock_bytes: _builtins.int
+    """2^64 - 1: unlimited"""
+    shm_bytes: _builtins.int
+    """of /dev/shm; 0: there is none"""
+    shm_free_bytes: _builtins.int
+    is_shm_writable: _builtins.bool
+    ipc_namespace: _builtins.int
+    """numbers of the kernel's; equal on one machine: shared"""
+    pid_namespace: _builtins.int
+    network_namespace: _builtins.int
+    has_rdma: _builtins.bool
+    has_compiled_kernels: _builtins.bool
+    transport: _builtins.str
+    """"ucx" """
+    transport_version: _builtins.str
+    @_builtins.property
+    def ucx_settings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """UCX_TLS and UCX_NET_DEVICES of its environment, as NAME=value"""
+
+    def __init__(
+        self,
+        *,
+        machine_id: _builtins.str = ...,
+        num_cpus: _builtins.int = ...,
+        num_gpus: _builtins.int = ...,
+        num_cuda_devices: _builtins.int = ...,
+        memlock_bytes: _builtins.int = ...,
+        shm_bytes: _builtins.int = ...,
+        shm_free_bytes: _builtins.int = ...,
+        is_shm_writable: _builtins.bool = ...,
+        ipc_namespace: _builtins.int = ...,
+        pid_namespace: _builtins.int = ...,
+        network_namespace: _builtins.int = ...,
+        has_rdma: _builtins.bool = ...,
+        has_compiled_kernels: _builtins.bool = ...,
+        transport: _builtins.str = ...,
+        transport_version: _builtins.str = ...,
+        ucx_settings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_compiled_kernels", b"has_compiled_kernels", "has_rdma", b"has_rdma", "ipc_namespace", b"ipc_namespace", "is_shm_writable", b"is_shm_writable", "machine_id", b"machine_id", "memlock_bytes", b"memlock_bytes", "network_namespace", b"network_namespace", "num_cpus", b"num_cpus", "num_cuda_devices", b"num_cuda_devices", "num_gpus", b"num_gpus", "pid_namespace", b"pid_namespace", "shm_bytes", b"shm_bytes", "shm_free_bytes", b"shm_free_bytes", "transport", b"transport", "transport_version", b"transport_version", "ucx_settings", b"ucx_settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MachineFacts: _TypeAlias = MachineFacts  # noqa: Y015
 
 @_typing.final
 class Pair(_message.Message):
@@ -889,6 +975,10 @@ class Pair(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
     BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_P99_S_FIELD_NUMBER: _builtins.int
+    MEMCPY_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    IS_SAME_MACHINE_FIELD_NUMBER: _builtins.int
     prefill_worker_id: _builtins.str
     decode_worker_id: _builtins.str
     transport: _builtins.str
@@ -896,7 +986,15 @@ class Pair(_message.Message):
     path: _builtins.str
     """"shared memory" or "network", by what was seen to carry the bytes"""
     round_trip_s: _builtins.float
+    """median"""
     bytes_per_s: _builtins.float
+    round_trip_p99_s: _builtins.float
+    memcpy_bytes_per_s: _builtins.float
+    """of the prefill worker: the same bytes, copied in its own memory"""
+    age_s: _builtins.float
+    """since it was measured"""
+    is_same_machine: _builtins.bool
+    """shared memory is expected"""
     def __init__(
         self,
         *,
@@ -906,10 +1004,14 @@ class Pair(_message.Message):
         path: _builtins.str = ...,
         round_trip_s: _builtins.float = ...,
         bytes_per_s: _builtins.float = ...,
+        round_trip_p99_s: _builtins.float = ...,
+        memcpy_bytes_per_s: _builtins.float = ...,
+        age_s: _builtins.float = ...,
+        is_same_machine: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "decode_worker_id", b"decode_worker_id", "path", b"path", "prefill_worker_id", b"prefill_worker_id", "round_trip_s", b"round_trip_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "bytes_per_s", b"bytes_per_s", "decode_worker_id", b"decode_worker_id", "is_same_machine", b"is_same_machine", "memcpy_bytes_per_s", b"memcpy_bytes_per_s", "path", b"path", "prefill_worker_id", b"prefill_worker_id", "round_trip_p99_s", b"round_trip_p99_s", "round_trip_s", b"round_trip_s", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,7 +80,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetFleet(self, request, context):
-        """The fleet as this router sees it: workers, their load, and the measured pairs.
+        """The fleet as this router sees it: workers, their load, their machines, and the measured pairs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

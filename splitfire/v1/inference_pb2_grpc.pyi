@@ -41,7 +41,7 @@ class InferenceStub:
     """Token ids of a text or of chat messages, exactly as Generate would see them."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     GetFleet: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetFleetRequest, _inference_pb2.GetFleetResponse]
-    """The fleet as this router sees it: workers, their load, and the measured pairs."""
+    """The fleet as this router sees it: workers, their load, their machines, and the measured pairs."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -52,7 +52,7 @@ class InferenceAsyncStub(InferenceStub):
     """Token ids of a text or of chat messages, exactly as Generate would see them."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     GetFleet: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetFleetRequest, _inference_pb2.GetFleetResponse]  # type: ignore[assignment]
-    """The fleet as this router sees it: workers, their load, and the measured pairs."""
+    """The fleet as this router sees it: workers, their load, their machines, and the measured pairs."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -84,6 +84,6 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GetFleetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GetFleetResponse, _abc.Awaitable[_inference_pb2.GetFleetResponse]]:
-        """The fleet as this router sees it: workers, their load, and the measured pairs."""
+        """The fleet as this router sees it: workers, their load, their machines, and the measured pairs."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

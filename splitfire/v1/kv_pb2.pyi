@@ -152,10 +152,13 @@ class Grant(_message.Message):
     FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     KV_FORMAT_FIELD_NUMBER: _builtins.int
     SLOT_BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_ALGORITHM_FIELD_NUMBER: _builtins.int
     first_block: _builtins.int
     """logical; those before it are already there"""
     slot_bytes: _builtins.int
     """of the receiver's ring: no payload is longer"""
+    digest_algorithm: _builtins.int
+    """that every payload carries: 1 as above, 255 off"""
     @_builtins.property
     def kv_format(self) -> _fleet_pb2.KvFormat:
         """to convert to"""
@@ -166,10 +169,11 @@ class Grant(_message.Message):
         first_block: _builtins.int = ...,
         kv_format: _fleet_pb2.KvFormat | None = ...,
         slot_bytes: _builtins.int = ...,
+        digest_algorithm: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_format", b"kv_format"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "kv_format", b"kv_format", "slot_bytes", b"slot_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest_algorithm", b"digest_algorithm", "first_block", b"first_block", "kv_format", b"kv_format", "slot_bytes", b"slot_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -218,7 +222,9 @@ Global___Refuse: _TypeAlias = Refuse  # noqa: Y015
 
 @_typing.final
 class Revoke(_message.Message):
-    """Short of blocks: what was sent is dropped, offer again later."""
+    """Short of blocks: what was sent is dropped. Answered by `stopped`; a new grant comes when there is room, and the blocks are
+    sent again without being computed again.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -380,7 +386,9 @@ Global___Received: _TypeAlias = Received  # noqa: Y015
 
 @_typing.final
 class RedirectOffer(_message.Message):
-    """Receiver to sender: the router will name another receiver."""
+    """Receiver to sender: no room here for too long. The sender keeps its blocks; the router may name another receiver, with a
+    transfer of its own.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -420,21 +428,18 @@ Global___Abort: _TypeAlias = Abort  # noqa: Y015
 
 @_typing.final
 class Stopped(_message.Message):
-    """Sender's last word on a transfer: every slot lent to it has been, or is being, filled; so each receive completes."""
+    """Sender's answer to an abort or a revoke: it sends nothing more of this grant, and every slot lent to it has been, or is
+    being, filled, with blocks or empty; so each receive completes.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SLOTS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]: ...
     def __init__(
         self,
-        *,
-        slots: _abc.Iterable[Global___Slot] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

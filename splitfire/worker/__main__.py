@@ -10,19 +10,20 @@ import sys
 import uvloop
 
 from decode_svc.service import DecodeService
-from kvtransfer.ucx import UcxTransport
+from kvtransfer.transport import Transport
 from prefill_svc.service import PrefillService
 from splitfire.core.errors import ConfigError
 from splitfire.core.process import end_with_parent, require_environment
 from splitfire.core.settings import WorkerSettings, exit_with, parse_settings
 from splitfire.core.telemetry import configure_logging
 from splitfire.worker.loading import LoadedModel, load_model
+from splitfire.worker.transports import open_transport
 from splitfire.worker.worker import Worker
 
 SWITCH_INTERVAL_S = 0.0005  # between the engine thread and the io thread; Python's default of 5 ms is a token
 
 
-async def serve(settings: WorkerSettings, loaded: LoadedModel, transport: UcxTransport) -> int:
+async def serve(settings: WorkerSettings, loaded: LoadedModel, transport: Transport) -> int:
     worker = Worker(settings, loaded, transport, lambda context: (PrefillService(context), DecodeService(context)))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -39,7 +40,7 @@ def main() -> int:
         if settings.cpu_numbers:
             pin(settings.cpu_numbers)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        transport = UcxTransport(None if settings.ucx_devices == "all" else settings.ucx_devices)
+        transport = open_transport(settings)
         return uvloop.run(serve(settings, load_model(settings), transport))
     except ConfigError as exc:
         return exit_with(exc)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvtransfer.agent import TransferAgent
@@ -15,7 +15,8 @@ from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId
 from splitfire.v1 import inference_pb2
 from splitfire.worker.host import EngineHost
-from splitfire.worker.job import Job, Replies
+from splitfire.worker.job import Handoff, Job, Replies
+from splitfire.worker.tally import HandoffTally
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,9 @@ class WorkerContext:
     agent: TransferAgent
     layout: KvLayout
     telemetry: Telemetry
+    kv_digest: bool = True
     clock: Callable[[], float] = time.monotonic
+    tally: HandoffTally = field(default_factory=HandoffTally)
 
     def phase(self, job: Job, name: str, began: float, ended: float) -> inference_pb2.Phase:
         """A phase of `job`, its start counted from the moment the job came in."""
@@ -57,3 +60,10 @@ class RoleService(Protocol):
 
     @property
     def num_jobs(self) -> int: ...
+
+
+class SendingService(RoleService, Protocol):
+    """The sending end."""
+
+    def redirect(self, replies: Replies, attempt: int, handoff: Handoff) -> None:
+        """The router names another receiver for a prompt that is here."""

@@ -68,6 +68,7 @@ class JobLimits:
     num_blocks: int
     layout: KvLayout
     fingerprint: Fingerprint
+    transport: str = "ucx"
 
 
 class HasJob(Protocol):
@@ -146,7 +147,7 @@ def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, rece
         block_hashes=hashes,
         priority=submit.priority,
     )
-    handoff = _handoff(submit) if submit.HasField("handoff") else None
+    handoff = handoff_from_wire(submit.handoff, limits.transport) if submit.HasField("handoff") else None
     return Job(replies, submit.attempt, submit.part, spec, handoff, submit.traceparent, submit.request_id, received_at)
 
 
@@ -168,8 +169,8 @@ def peer_address(peer: fleet_pb2.Peer, transport: str) -> PeerAddress:
     raise Unavailable(f"{peer.worker_id} does not speak {transport}", reason="handoff_no_common_transport")
 
 
-def _handoff(submit: fleet_pb2.Submit) -> Handoff:
-    handoff = submit.handoff
+def handoff_from_wire(handoff: fleet_pb2.Handoff, transport: str) -> Handoff:
+    """The other end of a transfer, as the router names it."""
     if len(handoff.transfer_id) != 16 or len(handoff.token) != 16 or len(handoff.peer.incarnation) != 16:
         raise SplitfireError("handoff: ids and tokens have 16 bytes", reason="invalid_handoff")
-    return Handoff(handoff.transfer_id, handoff.token, peer_address(handoff.peer, "ucx"))
+    return Handoff(handoff.transfer_id, handoff.token, peer_address(handoff.peer, transport))

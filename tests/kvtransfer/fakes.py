@@ -29,13 +29,18 @@ class FakeSource:
         self.seed = seed
         self.layout = layout
         self.outcome: Outcome | None = None
+        self.num_granted = 0
         self.reason = ""
 
-    def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview) -> list[int]:
+    def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview, *, digest: bool) -> list[int]:
+        assert self.outcome is None, "its blocks may be gone"
         size = len(payload) // num_blocks
         for i in range(num_blocks):
             payload[i * size : (i + 1) * size] = content(self.seed, first_block + i, size)
-        return sums_of(payload, num_blocks)
+        return sums_of(payload, num_blocks) if digest else []
+
+    def granted(self) -> None:
+        self.num_granted += 1
 
     def closed(self, outcome: Outcome, reason: str) -> None:
         assert self.outcome is None, "closed twice"
@@ -47,7 +52,9 @@ class FakeSink:
         self.seed = seed
         self.first_block = first_block
         self.num_not_now = num_not_now
-        self.written: dict[int, bytes] = {}
+        self.written: dict[int, bytes] = {}  # what was published
+        self.unpublished: dict[int, bytes] = {}
+        self.num_revoked = 0
         self.holds_blocks = False
         self.end = ""
         self.first_tokens: Sequence[kv_pb2.FirstToken] = ()
@@ -59,15 +66,25 @@ class FakeSink:
         self.holds_blocks = True
         return self.first_block
 
-    def block_sums(self, blocks: memoryview, num_blocks: int) -> list[int]:
-        return sums_of(blocks, num_blocks)
-
-    def write(self, first_block: int, num_blocks: int, dtype: str, blocks: memoryview) -> None:
+    def write(self, first_block: int, num_blocks: int, blocks: memoryview) -> list[int]:
         assert self.holds_blocks and not self.end
         size = len(blocks) // num_blocks
         for i in range(num_blocks):
             assert first_block + i not in self.written
-            self.written[first_block + i] = bytes(blocks[i * size : (i + 1) * size])
+            self.unpublished[first_block + i] = bytes(blocks[i * size : (i + 1) * size])
+        return sums_of(blocks, num_blocks)
+
+    def publish(self, first_block: int, num_blocks: int) -> None:
+        assert self.holds_blocks and not self.end
+        for block in range(first_block, first_block + num_blocks):
+            self.written[block] = self.unpublished.pop(block)
+
+    def revoked(self) -> None:
+        assert self.holds_blocks and not self.end
+        self.holds_blocks = False
+        self.written.clear()
+        self.unpublished.clear()
+        self.num_revoked += 1
 
     def ready(self, first_tokens: Sequence[kv_pb2.FirstToken]) -> None:
         assert not self.end

@@ -63,7 +63,9 @@ def test_what_is_written_is_read() -> None:
     assert payload.digests == (11, 12)
     assert len(payload.blocks) == HEADER.payload_bytes
     message = kv_pb2.KvMessage(transfer_id=b"t" * 16, want=kv_pb2.Want(bytes=5, num_slots=1))
-    assert parse(control_frame(ME, message)) == message
+    frame = parse_frame(memoryview(control_frame(ME, 3, 9, message)))
+    assert (frame.incarnation, frame.link, frame.sequence) == (ME, 3, 9)
+    assert parse_control(frame.body) == message
 
 
 def test_a_slot_longer_than_its_message_is_fine_for_payloads() -> None:
@@ -99,16 +101,16 @@ def test_truncation_at_every_byte_is_seen() -> None:
 
 def test_trailing_bytes_after_a_control_message() -> None:
     """B67."""
-    frame = control_frame(ME, kv_pb2.KvMessage(received=kv_pb2.Received()))
+    frame = control_frame(ME, 1, 1, kv_pb2.KvMessage(received=kv_pb2.Received()))
     assert reason(lambda: parse(frame + b"x")) == "trailing_bytes"
 
 
 def test_control_messages_are_bounded_and_must_be_understood() -> None:
-    too_long = struct.pack("<4sBBHI16s4x", b"SFKV", 1, 1, 0, MAX_CONTROL_BYTES + 1, ME) + bytes(MAX_CONTROL_BYTES + 1)
+    too_long = frames._FRAME.pack(b"SFKV", 1, 1, 0, MAX_CONTROL_BYTES + 1, ME, 1, 1) + bytes(MAX_CONTROL_BYTES + 1)
     assert reason(lambda: parse(too_long)) == "too_long"
-    empty = control_frame(ME, kv_pb2.KvMessage(transfer_id=b"t"))
+    empty = control_frame(ME, 1, 1, kv_pb2.KvMessage(transfer_id=b"t"))
     assert reason(lambda: parse(empty)) == "unknown_message"
-    broken = struct.pack("<4sBBHI16s4x", b"SFKV", 1, 1, 0, 3, ME) + b"\xff\xff\xff"
+    broken = frames._FRAME.pack(b"SFKV", 1, 1, 0, 3, ME, 1, 1) + b"\xff\xff\xff"
     assert reason(lambda: parse(broken)) == "bad_message"
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.protocol import RECEIVER, SENDER, Recv, RecvEvent, Send, SendEvent, describe
-from kvtransfer.ring import MAX_QUARANTINED, Ring, SlotState
+from kvtransfer.ring import MAX_RETIRED, Ring, RingOptions, SlotState
+from splitfire.core.errors import Unavailable
 from splitfire.core.lifecycle import IllegalTransition, advance
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
@@ -30,32 +31,68 @@ def test_an_abort_is_possible_in_every_open_state() -> None:
 
 
 def test_nothing_follows_an_end() -> None:
-    for state in (Send.DONE, Send.REFUSED, Send.ABORTED):
+    for state in (Send.DONE, Send.REFUSED, Send.REDIRECTED, Send.ABORTED):
         for event in SendEvent:
             with pytest.raises(IllegalTransition):
                 advance(SENDER, state, event)
 
 
+def make_ring(slots_per_peer: int, max_peers: int = 2) -> Ring:
+    return Ring(RingOptions(slots_per_peer, 64, max_peers), lambda size: memoryview(bytearray(size)))
+
+
 def test_a_slot_is_lent_with_a_new_generation_each_time() -> None:
-    ring = Ring(2, 64, lambda size: memoryview(bytearray(size)))
+    ring = make_ring(2)
+    segment = ring.segment(b"peer")
     seen = set()
     for _ in range(5):
-        slot = ring.lend()
+        slot = segment.lend()
         assert slot is not None
         assert (slot.index, slot.generation) not in seen
         seen.add((slot.index, slot.generation))
-        ring.give_back(slot)
-        ring.give_back(slot)  # late news changes nothing
-    assert ring.num_lent == 0
+        segment.give_back(slot)
+        segment.give_back(slot)  # late news changes nothing
+    assert ring.num_lent == 0 and segment.num_slots == 2
 
 
-def test_a_quarantined_slot_never_comes_back_and_is_replaced_a_bounded_number_of_times() -> None:
-    ring = Ring(1, 64, lambda size: memoryview(bytearray(size)))
+def test_a_retired_slot_never_comes_back_and_is_replaced_a_bounded_number_of_times() -> None:
+    ring = make_ring(1)
+    segment = ring.segment(b"peer")
     indices = set()
-    while (slot := ring.lend()) is not None:
+    while (slot := segment.lend()) is not None:
         indices.add(slot.index)
-        ring.quarantine(slot)
-        ring.give_back(slot)
-        assert slot.state is SlotState.QUARANTINED
-    assert len(indices) == MAX_QUARANTINED
+        segment.retire(slot)
+        segment.give_back(slot)
+        assert slot.state is SlotState.RETIRED
+    assert len(indices) == MAX_RETIRED
     assert ring.is_exhausted
+
+
+def test_a_peer_that_takes_all_its_slots_leaves_the_others_theirs() -> None:
+    ring = make_ring(2)
+    greedy, other = ring.segment(b"greedy"), ring.segment(b"other")
+    while greedy.lend() is not None:
+        pass
+    assert other.lend() is not None
+    with pytest.raises(Unavailable, match="limit --max-peers 2"):
+        ring.segment(b"third")
+
+
+def test_the_memory_of_lost_peers_serves_the_next_and_what_was_lent_does_not() -> None:
+    """A hundred peers come and go; each dies with one operation outstanding in every other life."""
+    ring = make_ring(4)
+    lost: set[int] = set()
+    for life in range(100):
+        segment = ring.segment(b"peer")
+        lent = [slot for slot in (segment.lend(), segment.lend()) if slot is not None]
+        assert len(lent) == 2 and not lost.intersection(slot.index for slot in lent)
+        segment.give_back(lent[0])
+        if life % 2:
+            segment.give_back(lent[1])
+        else:
+            lost.add(lent[1].index)
+        ring.drop(b"peer")
+        segment.give_back(lent[1])  # late news of a segment that is gone
+    assert ring.num_retired == len(lost) == 50
+    assert ring.num_bytes == 64 * (4 + 50)
+    assert ring.num_lent == 0

@@ -51,10 +51,13 @@ class FakeWorker:
         self.handle = WorkerHandle(make_hello(role, name))
         fleet.add(self.handle)
 
+    def taken(self) -> list[fleet_pb2.AttachResponse]:
+        """Takes everything sent so far."""
+        return [self.handle.outbox.get_nowait() for _ in range(self.handle.outbox.qsize())]
+
     def frames(self, kind: str) -> list[object]:
         """Takes everything sent so far; those of one kind."""
-        taken = [self.handle.outbox.get_nowait() for _ in range(self.handle.outbox.qsize())]
-        return [getattr(frame, kind) for frame in taken if frame.HasField(kind)]  # type: ignore[arg-type]
+        return [getattr(frame, kind) for frame in self.taken() if frame.HasField(kind)]  # type: ignore[arg-type]
 
     def submits(self) -> list[fleet_pb2.Submit]:
         return self.frames("submit")  # type: ignore[return-value]
@@ -71,12 +74,25 @@ class FakeWorker:
     def finish(self, attempt: int, reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED) -> None:
         events = self.handle.attempts.get(attempt)
         if events is not None:
-            events.on_finished(self.handle.incarnation, fleet_pb2.Finished(attempt=attempt, reason=reason))
+            transfer_id = getattr(events, "transfer_id", b"")
+            finished = fleet_pb2.Finished(attempt=attempt, reason=reason, transfer_id=transfer_id)
+            events.on_finished(self.handle.incarnation, finished)
 
-    def refuse(self, attempt: int, reason: str = "handoff_failed", *, retryable: bool = True, code: int = 14) -> None:
+    def refuse(
+        self, attempt: int, reason: str = "handoff_failed", *, retryable: bool = True, code: int = 14, held: bytes = b""
+    ) -> None:
+        """`held`: the transfer that failed, from a prefill worker that keeps the prompt."""
         events = self.handle.attempts.get(attempt)
         if events is not None:
-            refused = fleet_pb2.Refused(attempt=attempt, code=code, reason=reason, message=reason, is_retryable=retryable)
+            refused = fleet_pb2.Refused(
+                attempt=attempt,
+                code=code,
+                reason=reason,
+                message=reason,
+                is_retryable=retryable,
+                is_held=bool(held),
+                transfer_id=held,
+            )
             events.on_refused(self.handle.incarnation, refused)
 
     def die(self) -> None:

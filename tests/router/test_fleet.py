@@ -132,7 +132,8 @@ def test_only_who_has_the_token_may_join(metadata: tuple[tuple[str, str], ...]) 
         ("capacity__total_blocks", 0), ("capacity__max_running", 0), ("capacity__max_context", 0), ("capacity__chunk_tokens", 2**31),
         ("capacity__total_blocks", 2**32 - 1), ("host", "h" * 10_000), ("host", "a\nb"), ("fingerprint__weights", b"z"),
         ("fingerprint__block_size", 0), ("fingerprint__block_size", 33), ("kv_format__block_size", 0), ("kv_format__block_size", 64),
-        ("fingerprint__weight_format", "x" * 10**6),
+        ("fingerprint__weight_format", "x" * 10**6), ("machine__machine_id", "x" * 65), ("machine__transport", "a\nb"),
+        ("machine__transport_version", "1" * 33),
     ],
 )  # fmt: skip
 def test_a_hello_out_of_range_is_named(field: str, value: Any) -> None:
@@ -140,6 +141,16 @@ def test_a_hello_out_of_range_is_named(field: str, value: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
         check_hello(make_hello(**changed(field, value)))
     assert caught.value.field.split(".")[-1] == field.split("__")[-1] or field == "kv_format__block_size"
+
+
+@pytest.mark.parametrize("settings", [["UCX_TLS=a"] * 3, ["UCX_TLS=" + "x" * 300], ["UCX_TLS=a\x1b[2J"]])
+def test_settings_of_a_machine_are_few_short_and_printable(settings: list[str]) -> None:
+    hello = make_hello()
+    hello.machine.ucx_settings.append("UCX_TLS=^tcp")
+    check_hello(hello)
+    hello.machine.ucx_settings[:] = settings
+    with pytest.raises(InvalidInput, match="ucx_settings"):
+        check_hello(hello)
 
 
 def test_transports_are_bounded() -> None:

@@ -210,8 +210,9 @@ def test_prefill_death_before_the_kv_moved_is_invisible() -> None:
     async def scene() -> None:
         desk = Desk(prefills=2, decodes=1)
         asked = desk.ask(max_tokens=2)
-        p, _ = await dispatched(*desk.prefills)
+        p, lost = await dispatched(*desk.prefills)
         p.die()
+        desk.decodes[0].refuse(lost.attempt)  # it hears of it too, and says that the KV will not come
         other = next(w for w in desk.prefills if w is not p)
         _, again = await dispatched(other)
         other.output(again.attempt, 0, [7])
@@ -219,6 +220,129 @@ def test_prefill_death_before_the_kv_moved_is_invisible() -> None:
         desk.decodes[0].finish(again.attempt, LENGTH)
         await asked.task
         assert asked.choice.ids == [7, 8]
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_prefill_death_that_decode_does_not_mind_changes_nothing() -> None:
+    """F05: the KV has moved, and prefill died before it could say so."""
+
+    async def scene() -> None:
+        desk = Desk(prefills=2)
+        asked = desk.ask(max_tokens=2)
+        p, submit = await dispatched(*desk.prefills)
+        p.die()
+        desk.decodes[0].output(submit.attempt, 0, [7, 8])
+        desk.decodes[0].finish(submit.attempt, LENGTH)
+        await asked.task
+        assert not asked.choice.failed_at
+        assert not any(w.submits() for w in desk.prefills)
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+async def redirected(desk: Desk, p: FakeWorker, refuse: Callable[[FakeWorker, fleet_pb2.Submit], None]) -> fleet_pb2.Submit:
+    """The first token has come, the hand-off fails; the submit that the other decode worker gets."""
+    d, submit = await dispatched(*desk.decodes)
+    p.output(submit.attempt, 0, [7])
+    refuse(d, submit)
+    other = next(w for w in desk.decodes if w is not d)
+    _, again = await dispatched(other)
+    return again
+
+
+@pytest.mark.parametrize("how", ["decode dies", "decode has no room", "prefill says so"])
+def test_a_failed_hand_off_goes_to_another_decode_worker_and_nothing_is_computed_again(how: str) -> None:
+    """F06, F31."""
+
+    async def scene() -> None:
+        desk = Desk(decodes=2)
+        asked = desk.ask(max_tokens=3)
+        [p] = desk.prefills
+
+        def refuse(d: FakeWorker, submit: fleet_pb2.Submit) -> None:
+            if how == "decode dies":
+                d.die()
+            elif how == "decode has no room":
+                d.refuse(submit.attempt, "handoff_no_room")
+            else:
+                p.refuse(submit.attempt, "handoff_aborted", held=submit.handoff.transfer_id)
+
+        again = await redirected(desk, p, refuse)
+        frames = p.taken()
+        [submit] = [f.submit for f in frames if f.HasField("submit")]
+        [redirect] = [f.redirect for f in frames if f.HasField("redirect")]
+        assert redirect.attempt == again.attempt == submit.attempt
+        assert redirect.handoff.transfer_id == again.handoff.transfer_id != submit.handoff.transfer_id
+        assert redirect.handoff.token == again.handoff.token != submit.handoff.token
+        assert list(again.output_token_ids) == [], "the first token is handed over, not given"
+        p.refuse(submit.attempt, "handoff_aborted", held=submit.handoff.transfer_id)  # its word for the first, late
+        p.finish(submit.attempt)
+        other = next(w for w in desk.decodes if again.attempt in w.handle.attempts)
+        other.output(again.attempt, 0, [7, 8, 9])
+        other.finish(again.attempt, LENGTH)
+        await asked.task
+        assert asked.choice.ids == [7, 8, 9]
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_without_another_decode_worker_a_held_prompt_is_let_go_and_submitted_again() -> None:
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask(max_tokens=2)
+        [p], [d] = desk.prefills, desk.decodes
+        _, submit = await dispatched(p)
+        p.refuse(submit.attempt, "handoff_aborted", held=submit.handoff.transfer_id)
+        await until(lambda: any(f.HasField("cancel") for f in p.taken()))
+        _, again = await dispatched(d)
+        await until(lambda: again.attempt in d.handle.attempts or d.handle.attempts)
+        number = next(iter(d.handle.attempts))
+        d.output(number, 0, [7, 8])
+        d.finish(number, LENGTH)
+        await asked.task
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_a_prompt_shipped_to_a_worker_that_died_is_not_waited_for_elsewhere() -> None:
+    """Decode took it all and died; the router redirects before it hears that there is nothing left to redirect."""
+
+    async def scene() -> None:
+        desk = Desk(decodes=2)
+        asked = desk.ask(max_tokens=2)
+        [p] = desk.prefills
+        d, submit = await dispatched(*desk.decodes)
+        d.die()
+        _, moved = await dispatched(*[w for w in desk.decodes if w is not d])
+        finished = fleet_pb2.Finished(attempt=submit.attempt, transfer_id=submit.handoff.transfer_id)
+        p.handle.attempts[submit.attempt].on_finished(p.handle.incarnation, finished)
+        other, again = await dispatched(*[w for w in desk.decodes if w is not d])
+        assert again.attempt != moved.attempt
+        other.output(again.attempt, 0, [7, 8])
+        other.finish(again.attempt, LENGTH)
+        await asked.task
+        desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_redirects_of_one_attempt_are_bounded() -> None:
+    async def scene() -> None:
+        desk = Desk(decodes=5)
+        asked = desk.ask(max_tokens=2)
+        numbers = []
+        for _ in range(4):
+            d, submit = await dispatched(*desk.decodes)
+            numbers.append(submit.attempt)
+            d.refuse(submit.attempt, "handoff_no_room")
+        assert numbers == [numbers[0]] * 3 + [numbers[3]], "two redirects, then another attempt"
+        asked.task.cancel()
+        await asyncio.gather(asked.task, return_exceptions=True)
         desk.assert_nothing_left()
 
     play(scene())

@@ -50,6 +50,28 @@ def test_always_split_never_computes_a_prompt_on_decode() -> None:
     assert place([view("p0", can_take=False), view("d0")], DEMAND, "auto", Random(0)) == Placement(None, b"d0")
 
 
+@pytest.mark.parametrize(
+    ("rates", "taken"),
+    [
+        ({b"d0": 8e9, b"d1": 4e9, b"d2": 8e9}, {b"d0", b"d2"}),  # d1 is twice as slow
+        ({b"d0": 8e9, b"d1": 4.1e9, b"d2": 8e9}, {b"d0", b"d1", b"d2"}),  # what is less is noise
+        ({b"d0": 8e9, b"d1": 1e9}, {b"d0", b"d2"}),  # d2 was not measured
+        ({}, {b"d0", b"d1", b"d2"}),
+        ({b"d0": 0.0, b"d1": 0.0, b"d2": 0.0}, {b"d0", b"d1", b"d2"}),
+    ],
+)
+def test_of_equally_busy_decode_workers_a_much_slower_one_is_left_out(rates: dict[bytes, float], taken: set[bytes]) -> None:
+    prefill = replace(view("p0"), peer_bytes_per_s=rates)
+    fleet = [prefill, view("d0"), view("d1"), view("d2"), view("d3", running=1)]
+    found = [place(fleet, DEMAND, "always", Random(seed)) for seed in range(100)]
+    assert {placement.decode for placement in found if placement is not None} == taken
+
+
+def test_a_slow_way_is_better_than_a_busy_worker() -> None:
+    prefill = replace(view("p0"), peer_bytes_per_s={b"d0": 1e9, b"d1": 8e9})
+    assert place([prefill, view("d0"), view("d1", running=1)], DEMAND, "always", Random(0)) == Placement(b"p0", b"d0")
+
+
 def test_ties_are_broken_at_random() -> None:
     fleet = [view("p0"), view("p1"), view("d0"), view("d1")]
     found = Counter(place(fleet, DEMAND, "always", Random(seed)) for seed in range(200))

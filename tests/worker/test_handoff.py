@@ -122,7 +122,7 @@ def spy_on_joins(engine: Engine, taken: list[torch.Tensor]) -> Callable[[Reserva
     join = engine.join
 
     def spy(reservation: Reservation, token: int) -> None:
-        taken.append(engine.runner.pool.data[reservation.block_ids].clone())
+        taken.append(engine.runner.pool.elements[reservation.block_ids].clone())
         join(reservation, token)
 
     return spy
@@ -135,14 +135,20 @@ def local_kv(engine: Engine, prompt: list[int]) -> torch.Tensor:
     while engine.has_work:
         for update in engine.step().updates:
             block_ids = update.block_ids
-    blocks = engine.runner.pool.data[list(block_ids)].clone()
+    blocks = engine.runner.pool.elements[list(block_ids)].clone()
     valid = len(prompt) - (len(block_ids) - 1) * engine.runner.pool.layout.block_size
     blocks[-1, :, :, :, valid:] = 0  # K14: positions past the valid tokens travel as zeros
     engine.finish(spec.seq_id)
     return blocks
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "fp16")])
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        *(("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "fp16")),
+        *(("fp32", "int8"), ("bf16", "fp8_e4m3"), ("int8", "int8"), ("int8", "bf16"), ("fp8_e4m3", "int8")),
+    ],
+)
 def test_pools_of_different_precision_exchange_kv(llama: Path, prefill: str, decode: str) -> None:
     model = load_model(llama)
 
