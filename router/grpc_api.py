@@ -149,6 +149,8 @@ class InferenceApi:
 
     async def get_fleet(self, request: pb.GetFleetRequest | Malformed, context: Context) -> pb.GetFleetResponse:
         await _refuse_bad_call(request, context)
+        if isinstance(request, pb.GetFleetRequest) and request.measure:
+            await self._fleet.measure_pairs()
         response = self._fleet.describe()
         response.worker_ports.extend(self._worker_ports)
         response.queued_requests = self._flow.admission.num_queued

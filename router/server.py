@@ -105,6 +105,7 @@ class RouterServer:
         self.port = _listen(self._public, "port", settings.host, settings.port)
         self.worker_port = _listen(self._private, "worker_port", settings.worker_host, settings.worker_port)
         self._worker_ports.append(f"{settings.worker_host}:{self.worker_port}")
+        metrics_port = self._open_metrics()
         await self._tell_health()
         await self._private.start()
         await self._public.start()
@@ -113,11 +114,16 @@ class RouterServer:
                 "insecure: no TLS, anybody who reaches these ports may use them",
                 host=settings.host,
                 worker_host=settings.worker_host,
+                metrics_host=settings.metrics_host,
             )
         if others := others_who_may_change(self._model.path):
             log.warning("others can change the model directory", path=str(self._model.path), others=others)
         log.info(
-            "ready", model=self._base_limits.name, address=f"{settings.host}:{self.port}", worker_address=self._worker_ports[0]
+            "ready",
+            model=self._base_limits.name,
+            address=f"{settings.host}:{self.port}",
+            worker_address=self._worker_ports[0],
+            metrics_port=metrics_port,
         )
 
     async def run(self) -> int:
@@ -143,6 +149,18 @@ class RouterServer:
         log.info("draining", requests=self._api.num_active, grace_s=self.settings.router_grace_s)
         asyncio.get_running_loop().call_later(self.settings.router_grace_s, self._stopped.set)
         self._changed.set()
+
+    def _open_metrics(self) -> int | None:
+        """The port, if there is to be one."""
+        settings = self.settings
+        if settings.metrics_port is None:
+            return None
+        from router.metrics import RouterMetrics  # noqa: PLC0415 - 60 ms, only if used
+        from splitfire.core.metrics import MetricsPort  # noqa: PLC0415
+
+        metrics = RouterMetrics(self._fleet, lambda: self._admission.num_running, lambda: self._admission.num_queued)
+        post = asyncio.get_running_loop().call_soon_threadsafe
+        return MetricsPort(settings.metrics_host, settings.metrics_port, metrics.collect, post).port
 
     def _limits(self) -> ModelLimits:
         shortest = self._fleet.max_context

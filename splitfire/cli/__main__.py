@@ -1,4 +1,4 @@
-"""`splitfire`: up, generate, chat, fleet, demo; router, prefill and decode start one service each."""
+"""`splitfire`: up, generate, chat, fleet, doctor, demo; router, prefill and decode start one service each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from splitfire.cli.client import Client, ServerError
+from splitfire.cli.doctor import doctor
 from splitfire.cli.render import fleet_table, pair_line, print_waterfall
 from splitfire.cli.supervisor import Fleet, FleetPlan, default_cpus, free_port
 from splitfire.core.errors import ConfigError, one_line
@@ -55,6 +56,7 @@ def up(
     block_size: Annotated[int | None, typer.Option(envvar="SPLITFIRE_BLOCK_SIZE", help="tokens a KV block")] = None,
     chunk_tokens: Annotated[int | None, typer.Option(envvar="SPLITFIRE_CHUNK_TOKENS", help="tokens a step")] = None,
     max_context: Annotated[int | None, typer.Option(envvar="SPLITFIRE_MAX_CONTEXT", help="tokens a sequence")] = None,
+    transport: Annotated[str | None, typer.Option(envvar="SPLITFIRE_TRANSPORT", help="of KV: ucx or tcp")] = None,
     trace_file: Annotated[Path | None, typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,
 ) -> None:
     """Starts a fleet on this machine and keeps it up until Ctrl-C."""
@@ -64,6 +66,7 @@ def up(
         "--kv-memory": kv_memory,
         "--block-size": block_size,
         "--chunk-tokens": chunk_tokens,
+        "--transport": transport,
     }
     shared = {"--max-context": max_context, "--trace-file": trace_file.absolute() if trace_file else None}
     fleet_plan = make_plan(
@@ -142,6 +145,9 @@ def fleet(server: SERVER = DEFAULT_SERVER) -> None:
     out.print(
         f"{status.running_requests} requests running, {status.queued_requests} waiting; workers attach to {', '.join(status.worker_ports)}"
     )
+
+
+app.command()(doctor)
 
 
 @app.command()

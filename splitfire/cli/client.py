@@ -44,9 +44,9 @@ class Client:
         finally:
             call.cancel()
 
-    def fleet(self, timeout_s: float = CALL_TIMEOUT_S) -> pb.GetFleetResponse:
+    def fleet(self, timeout_s: float = CALL_TIMEOUT_S, *, measure: bool = False) -> pb.GetFleetResponse:
         try:
-            return self._stub.GetFleet(pb.GetFleetRequest(), timeout=timeout_s)
+            return self._stub.GetFleet(pb.GetFleetRequest(measure=measure), timeout=timeout_s)
         except grpc.RpcError as exc:
             raise ServerError(explain(exc, self.address)) from exc
 

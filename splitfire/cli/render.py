@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from splitfire.cli.findings import NETWORK
 from splitfire.v1 import inference_pb2 as pb
 
 SCREEN = 80
@@ -61,10 +63,14 @@ def fleet_table(fleet: pb.GetFleetResponse) -> Table:
 
 
 def pair_line(pair: pb.Pair) -> str:
-    return (
+    """In rich's markup: KV that takes the network between workers of one machine is loud."""
+    line = (
         f"{pair.prefill_worker_id} → {pair.decode_worker_id}: {pair.transport} over {pair.path}, "
         f"{pair.bytes_per_s / 1e9:.1f} GB/s, round trip {pair.round_trip_s * 1e6:.0f} µs"
     )
+    if pair.is_same_machine and pair.path == NETWORK:
+        return f"[bold red]{escape(line)}, though both are on one machine: splitfire doctor says why[/]"
+    return escape(line)
 
 
 def rate(value: float) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import resource
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from kvtransfer.agent import TransferAgent
 from splitfire.core import limits
 from splitfire.engine.engine import Engine
 from splitfire.v1 import fleet_pb2
+from splitfire.worker.pairs import MeasuredPair
 
 SETTLE_S = 0.05  # what ends together is reported together
 
@@ -22,7 +24,7 @@ SETTLE_S = 0.05  # what ends together is reported together
 class _Feed:
     """What one Report stream still has to say."""
 
-    pairs: list[fleet_pb2.PairMeasurement] = field(default_factory=list)
+    pairs: dict[bytes, MeasuredPair]  # the last of each peer, so that a router that does not read costs nothing
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -34,18 +36,19 @@ class LoadReporter:
         self._agent = agent
         self._is_draining = is_draining
         self._feeds: list[_Feed] = []
-        self._pairs: dict[bytes, fleet_pb2.PairMeasurement] = {}
+        self._pairs: dict[bytes, MeasuredPair] = {}
 
     async def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
         """One router's stream, from the pairs known now on; never ends by itself."""
-        feed = _Feed(list(self._pairs.values()))
+        feed = _Feed(dict(self._pairs))
         self._feeds.append(feed)
         try:
             while True:
-                for pair in feed.pairs:
-                    yield fleet_pb2.ReportRequest(incarnation=self._agent.incarnation, pair=pair)
-                feed.pairs.clear()
                 feed.wake.clear()
+                pairs, feed.pairs = feed.pairs, {}
+                for pair in pairs.values():
+                    wire = pair.to_wire(time.monotonic())
+                    yield fleet_pb2.ReportRequest(incarnation=self._agent.incarnation, pair=wire)
                 yield fleet_pb2.ReportRequest(incarnation=self._agent.incarnation, load=self._load())
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(limits.REPORT_EVERY_S):
@@ -58,13 +61,15 @@ class LoadReporter:
         for feed in self._feeds:
             feed.wake.set()
 
-    def knows(self, incarnation: bytes) -> bool:
-        return incarnation in self._pairs
+    @property
+    def pairs(self) -> list[MeasuredPair]:
+        """The last measurement of each."""
+        return list(self._pairs.values())
 
-    def add_pair(self, pair: fleet_pb2.PairMeasurement) -> None:
-        self._pairs[pair.peer_incarnation] = pair
+    def add_pair(self, pair: MeasuredPair) -> None:
+        self._pairs[pair.peer.incarnation] = pair
         for feed in self._feeds:
-            feed.pairs.append(pair)
+            feed.pairs[pair.peer.incarnation] = pair
         self.report_now()
 
     def forget(self, incarnation: bytes) -> None:

@@ -17,23 +17,25 @@ import structlog
 
 from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import slot_bytes_for
-from kvtransfer.peers import PeerAddress
 from kvtransfer.transport import Transport
 from splitfire.core.errors import Exhausted, Internal, Mismatch, SplitfireError, Unavailable
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from splitfire.core.machine import facts_to_wire
 from splitfire.core.settings import WorkerSettings, read_secret
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.wire import fingerprint_to_wire, layout_to_wire
 from splitfire.engine.engine import StepResult
 from splitfire.engine.sequence import SeqId
 from splitfire.v1 import fleet_pb2, inference_pb2
-from splitfire.worker.context import RoleService, WorkerContext
+from splitfire.worker.context import RoleService, SendingService, WorkerContext
 from splitfire.worker.health import HealthPort
 from splitfire.worker.host import EngineHost
-from splitfire.worker.job import JobLimits, make_job, peer_address, refusal
+from splitfire.worker.job import JobLimits, handoff_from_wire, make_job, peer_address, refusal
 from splitfire.worker.link import LinkOptions, RouterLink
 from splitfire.worker.load import LoadReporter, host_id
 from splitfire.worker.loading import LoadedModel
+from splitfire.worker.machine import copy_rate, machine_facts
+from splitfire.worker.pairs import PairMeasurer
 from splitfire.worker.roster import Roster
 
 log = structlog.get_logger("worker")
@@ -51,7 +53,7 @@ class Worker:
         settings: WorkerSettings,
         loaded: LoadedModel,
         transport: Transport,
-        services: Callable[[WorkerContext], tuple[RoleService, RoleService]],
+        services: Callable[[WorkerContext], tuple[SendingService, RoleService]],
     ) -> None:
         self.settings = settings
         self.incarnation = secrets.token_bytes(16)
@@ -62,17 +64,26 @@ class Worker:
         self._host = EngineHost(loaded.engine, loop, self._on_started, self._on_step, self._on_crash)
         widest = replace(loaded.layout, dtype="fp32")  # what any peer's pool may ask for
         slot_bytes = max(settings.slot_size, slot_bytes_for(widest.block_bytes))
-        options = AgentOptions(settings.send_slots, settings.receive_slots, slot_bytes)
-        self.agent = TransferAgent(transport, self.incarnation, loaded.fingerprint.digest, options)
-        context = WorkerContext(self.worker_id, self._host, self.agent, loaded.layout, self._telemetry)
+        options = AgentOptions(settings.send_slots, settings.receive_slots, slot_bytes, settings.max_peers)
+        self.agent = TransferAgent(
+            transport, self.incarnation, loaded.fingerprint.digest, options, is_short_of_blocks=lambda: loaded.engine.is_short
+        )
+        context = WorkerContext(self.worker_id, self._host, self.agent, loaded.layout, self._telemetry, settings.kv_digest)
+        self._tally = context.tally
         self._prefill, self._decode = services(context)
         self._limits = JobLimits(
-            loaded.model.config.vocab_size, loaded.max_context, loaded.engine.blocks.num_blocks, loaded.layout, loaded.fingerprint
+            loaded.model.config.vocab_size,
+            loaded.max_context,
+            loaded.engine.blocks.num_blocks,
+            loaded.layout,
+            loaded.fingerprint,
+            transport.name,
         )
         token = read_secret(settings.fleet_token_file) if settings.fleet_token_file else None
         self._links = [RouterLink(LinkOptions(address, token), self, self._on_refused) for address in settings.routers]
         self._health = HealthPort(settings.status_host, settings.status_port)
         self._reporter = LoadReporter(loaded.engine, self.agent, lambda: self._is_draining)
+        self._measurer = PairMeasurer(self.agent, copy_rate(slot_bytes), self._reporter.add_pair)
         self._roster = Roster(time.monotonic)
         self._is_draining = False
         self._changed = asyncio.Event()
@@ -84,15 +95,21 @@ class Worker:
         self.agent.start()
         self._host.start()
         await self._health.start()
+        metrics_port = self._open_metrics()
         if self.settings.insecure:
             log.warning(
-                "insecure: no TLS, KV in clear text", status_host=self.settings.status_host, ucx_devices=self.settings.ucx_devices
+                "insecure: no TLS, KV in clear text",
+                status_host=self.settings.status_host,
+                ucx_devices=self.settings.ucx_devices,
+                tcp_host=self.settings.tcp_host,
+                metrics_host=self.settings.metrics_host,
             )
         log.info(
             "ready",
             worker_id=self.worker_id,
             role=self.settings.role,
             status_port=self._health.port,
+            metrics_port=metrics_port,
             blocks=self._limits.num_blocks,
         )
         tasks = [asyncio.create_task(link.run(), name=f"link-{link.options.address}") for link in self._links]
@@ -113,6 +130,18 @@ class Worker:
         self._host.stop()
         self._telemetry.shutdown()
         return self._exit_code
+
+    def _open_metrics(self) -> int | None:
+        """The port, if there is to be one."""
+        settings = self.settings
+        if settings.metrics_port is None:
+            return None
+        from splitfire.core.metrics import MetricsPort  # noqa: PLC0415 - 60 ms, only if used
+        from splitfire.worker.metrics import WorkerMetrics  # noqa: PLC0415
+
+        metrics = WorkerMetrics(self.agent, self._loaded.engine, self._reporter, self._tally)
+        post = asyncio.get_running_loop().call_soon_threadsafe
+        return MetricsPort(settings.metrics_host, settings.metrics_port, metrics.collect, post).port
 
     def drain(self) -> None:
         """SIGTERM: no new work, finish what is here within the grace time. The second time: at once."""
@@ -144,6 +173,7 @@ class Worker:
                 chunk_tokens=loaded.chunk_tokens,
             ),
             host=host_id(),
+            machine=facts_to_wire(machine_facts(transport)),
         )
 
     def on_frame(self, link: RouterLink, frame: fleet_pb2.AttachResponse) -> None:
@@ -153,17 +183,16 @@ class Worker:
         elif kind == "cancel":
             for service in (self._prefill, self._decode):
                 service.cancel(link, frame.cancel.attempt)
-        elif kind == "redirect":  # nothing is held for another receiver in this version: the router submits again
-            for service in (self._prefill, self._decode):
-                service.cancel(link, frame.redirect.attempt)
-            error = Unavailable("the prompt is not held any more; submit again", reason="not_held")
-            link.refused(refusal(frame.redirect.attempt, error, is_retryable=True))
+        elif kind == "redirect":
+            self._redirect(link, frame.redirect)
         elif kind == "peer_up":
             self._roster.up(link, frame.peer_up.peer.incarnation)
             self._meet(frame.peer_up.peer)
         elif kind == "peer_gone":
             if self._roster.gone(link, frame.peer_gone.incarnation):
                 self._part(frame.peer_gone.incarnation)
+        elif kind == "measure":
+            self._measurer.measure(frame.measure.peer_incarnation)
         elif kind == "drain" and not self._is_draining:
             self.drain()
 
@@ -202,6 +231,14 @@ class Worker:
             log.exception("submit failed", request_id=submit.request_id)
             link.refused(refusal(submit.attempt, Internal(f"submit failed: {type(exc).__name__}"), is_retryable=False))
 
+    def _redirect(self, link: RouterLink, redirect: fleet_pb2.Redirect) -> None:
+        try:
+            handoff = handoff_from_wire(redirect.handoff, self.agent.transport.name)
+            self._prefill.redirect(link, redirect.attempt, handoff)
+        except SplitfireError as exc:
+            self._prefill.cancel(link, redirect.attempt)
+            link.refused(refusal(redirect.attempt, exc, is_retryable=exc.is_retryable))
+
     def _on_started(self, ids: tuple[SeqId, ...]) -> None:
         for seq_id in ids:
             for service in (self._prefill, self._decode):
@@ -238,31 +275,13 @@ class Worker:
         except SplitfireError as exc:
             log.warning("cannot exchange KV", peer=peer.worker_id, reason=str(exc))
             return
-        if self.settings.role == "prefill" and not self._reporter.knows(peer.incarnation):
-            is_same_host = peer.host == host_id()
-            self.agent.measure(address, lambda *measured: self._on_measured(address, is_same_host, *measured))
+        if self.settings.role == "prefill":
+            self._measurer.meet(address, is_same_host=peer.host == host_id())
 
     def _part(self, incarnation: bytes) -> None:
+        self._measurer.part(incarnation)
         self._reporter.forget(incarnation)
         self.agent.peer_gone(incarnation)
-
-    def _on_measured(self, peer: PeerAddress, is_same_host: bool, round_trip_s: float, bytes_per_s: float, path: str) -> None:
-        name = self.agent.transport.name
-        log.info(
-            "pair",
-            peer=peer.worker_id,
-            transport=name,
-            path=path,
-            round_trip_us=round(round_trip_s * 1e6),
-            gb_per_s=round(bytes_per_s / 1e9, 2),
-        )
-        if is_same_host and path == "network":
-            advice = "check /dev/shm, UCX_TLS, and that containers share IPC and PID namespaces"
-            log.warning("KV between two workers of this host goes over the network", peer=peer.worker_id, advice=advice)
-        pair = fleet_pb2.PairMeasurement(
-            peer_incarnation=peer.incarnation, transport=name, path=path, round_trip_s=round_trip_s, bytes_per_s=bytes_per_s
-        )
-        self._reporter.add_pair(pair)
 
     async def _watch(self) -> None:
         """Keeps health true, ends a drain when nothing is left, and the process when its engine is lost."""

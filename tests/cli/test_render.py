@@ -6,7 +6,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from splitfire.cli.render import fleet_table, print_waterfall
+from splitfire.cli.render import fleet_table, pair_line, print_waterfall
 from splitfire.v1 import inference_pb2 as pb
 
 
@@ -47,3 +47,16 @@ def test_the_waterfall_is_to_scale_and_never_runs_over() -> None:
     bars = {line.split()[0]: (line.count("█"), line.find("█")) for line in lines if "█" in line}
     assert bars["prefill"][0] == bars["decode"][0] > 20
     assert bars["decode"][1] - bars["prefill"][1] == bars["prefill"][0]
+
+
+def test_a_pair_is_one_line_and_loud_when_it_takes_the_network_for_nothing() -> None:
+    pair = pb.Pair(
+        prefill_worker_id="p[0]", decode_worker_id="d0", transport="ucx", path="shared memory", bytes_per_s=8e9, round_trip_s=5e-6
+    )
+    screen, text = console()
+    screen.print(pair_line(pair))
+    assert text.getvalue() == "p[0] → d0: ucx over shared memory, 8.0 GB/s, round trip 5 µs\n"
+    pair.path = "network"  # between machines it has to
+    assert not pair_line(pair).startswith("[bold red]")
+    pair.is_same_machine = True
+    assert pair_line(pair).startswith("[bold red]")

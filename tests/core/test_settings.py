@@ -73,6 +73,8 @@ def test_flags_and_environment_mean_the_same(monkeypatch: pytest.MonkeyPatch) ->
         (["--chunk-tokens=16", "--block-size=32"], "chunk_tokens is 16, less than block_size = 32"),  # B108: both names
         (["--role=prefill", "--drain-grace-s=5"], "hold deadline"),
         (["--log-level=loud"], "log_level"),
+        (["--kv-dtype=int4"], "'int8' or 'fp8_e4m3'"),
+        (["--dtype=int8"], "'bf16', 'fp16' or 'fp32'"),
     ],
 )
 def test_a_wrong_worker_setting_is_named(flags: list[str], says: str) -> None:
@@ -91,6 +93,8 @@ def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         (RouterSettings, ["--worker-host=0.0.0.0", "--fleet-token-file=x"]),
         (RouterSettings, ["--host=::"]),
         (WorkerSettings, ["--status-host=0.0.0.0"]),
+        (WorkerSettings, ["--metrics-host=0.0.0.0"]),
+        (RouterSettings, ["--metrics-host=0.0.0.0", "--metrics-port=9090"]),
         (WorkerSettings, ["--ucx-devices=all"]),
         (WorkerSettings, ["--ucx-devices=eth0"]),
     ],

@@ -64,6 +64,19 @@ def test_blocks_are_aligned(dtype: str, block_size: int) -> None:
     layout = KvLayout(dtype, 1, 1, 8, block_size)
     assert layout.block_bytes % BLOCK_ALIGN == 0
     assert layout.token_bytes * block_size == layout.block_bytes
+    assert layout.scale_offset <= layout.content_bytes <= layout.block_bytes < layout.content_bytes + BLOCK_ALIGN
+
+
+def test_a_quantised_block_is_elements_then_scales_then_padding() -> None:
+    layout = KvLayout("int8", num_layers=3, num_kv_heads=1, head_dim=24, block_size=8)
+    assert (layout.scale_offset, layout.num_scales, layout.content_bytes, layout.block_bytes) == (1152, 48, 1248, 1280)
+    assert replace(layout, dtype="fp8_e4m3").block_bytes == 1280
+    wide = replace(layout, dtype="bf16")
+    assert (wide.is_quantised, wide.num_scales, wide.content_bytes, wide.block_bytes) == (False, 0, 2304, 2304)
+
+
+def test_dtypes_keep_their_numbers_on_the_wire() -> None:
+    assert list(DTYPE_BYTES) == ["bf16", "fp16", "fp32", "int8", "fp8_e4m3"]
 
 
 def test_layouts_convert_when_only_precision_differs() -> None:

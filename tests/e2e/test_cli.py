@@ -84,7 +84,7 @@ def test_the_demo_does_the_main_job_and_leaves_nothing_running() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    for command in ("up", "generate", "chat", "fleet", "demo", "router", "prefill", "decode"):
+    for command in ("up", "generate", "chat", "fleet", "doctor", "demo", "router", "prefill", "decode"):
         ran = splitfire(command, "--help")
         assert ran.returncode == 0, command
         assert "--" in ran.stdout
