@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast check proto docs bench bench-handoff bench-batching bench-idle pico clean
+.PHONY: demo test test-fast check proto docs model-check bug-gate bench bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-opponents pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -16,14 +16,30 @@ check:           ## format, lint, types, protos
 proto:           ## splitfire/v1 from proto/
 	scripts/genproto
 
+model-check:     ## every order of events of a hand-off, every crash of the simulator (minutes)
+	.venv/bin/python -m tests.model.explore
+	.venv/bin/python -m tests.model.crashes
+
+bug-gate:        ## twelve bugs planted, each caught
+	.venv/bin/python -m tests.model.bugs
+
 docs:            ## the pages that are printed from code
 	.venv/bin/python -m kvtransfer.protocol > docs/protocol.md
 	.venv/bin/python -m splitfire.core.settings > docs/settings.md
 
-bench: bench-handoff bench-batching bench-idle   ## all benchmarks, into benchmarks/results/
+bench: bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer   ## all benchmarks, into benchmarks/results/
+
+bench-quality:
+	.venv/bin/python -m benchmarks.quality
 
 bench-%:
 	.venv/bin/python -m benchmarks.serve $*
+
+bench-transfer:  ## the hand-off between two processes; against NIXL where bench-opponents was made
+	.venv/bin/python -m benchmarks.transfer
+
+bench-opponents: ## what the benchmarks compare with, in environments of their own under build/
+	benchmarks/setup_opponents
 
 pico:            ## train the built-in models again (hours)
 	.venv/bin/python models/train_pico.py data

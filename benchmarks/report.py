@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -60,15 +60,15 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def write(name: str, rows: Sequence[Row], command: str | None = None) -> Path:
-    """Writes `results/<name>.json` and prints the same as a table."""
+def write(name: str, rows: Sequence[Row], command: str | None = None, versions: Mapping[str, str] | None = None) -> Path:
+    """Writes `results/<name>.json` and prints the same as a table. `versions`: of opponents, beside our own."""
     report = {
         "benchmark": name,
         "machine": machine(),
         "commit": commit(),
         "command": command or " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parents[1]), *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}, **(versions or {})},
         "rows": [asdict(row) for row in rows],
     }
     path = RESULTS / f"{name}.json"

@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py handoff     split against aggregated, one request at a time, interleaved
     python benchmarks/serve.py batching    W2: several streams at once, split and aggregated
+    python benchmarks/serve.py gap         what the hand-off of a prompt of eight chunks adds to token 1 and to token 2
     python benchmarks/serve.py idle        what an idle fleet costs, and the memory of each process
 
 Fleets are started here, on this machine, and both stay up for the whole run, so that A and B alternate request by request.
@@ -28,6 +29,8 @@ from splitfire.cli.supervisor import Fleet, FleetPlan, free_port
 from splitfire.v1 import inference_pb2 as pb
 
 SPLIT, AGGREGATED = "split", "aggregated"
+GAP_CHUNKS, GAP_CHUNK_TOKENS = 8, 240  # 1920 tokens: pico's context of 2048 leaves room for the answer
+GAP_TURNS = 4  # times --turns: a 99th percentile wants many
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,48 @@ def _handoff_rows(case: str, answers: dict[str, list[Answer]]) -> list[Row]:
     return rows
 
 
+def gap(args: argparse.Namespace) -> list[Row]:
+    """A prompt of eight chunks, and the same with one token of answer, which ends at prefill and moves nothing, in turn."""
+    prompt = GAP_CHUNKS * GAP_CHUNK_TOKENS
+    flags = [*args.flag, f"--chunk-tokens={GAP_CHUNK_TOKENS}"]
+    shipped: list[Answer] = []
+    unshipped: list[Answer] = []
+    with fleet(SPLIT, args.model, args.cpus, flags) as running:
+        endpoint, draw = Endpoint(running.address, vocab_size(running)), random.Random(1)
+        for turn in range(args.warmup + GAP_TURNS * args.turns):
+            for answers, output in ((shipped, args.output), (unshipped, 1)):
+                answer = endpoint.ask(prompt, output, draw)
+                if turn >= args.warmup:
+                    answers.append(answer)
+    assert all(x.kv_bytes for x in shipped)
+    assert not any(x.kv_bytes for x in unshipped)
+    return _gap_rows(f"{GAP_CHUNKS} chunks of {GAP_CHUNK_TOKENS}/{args.output}", shipped, unshipped)
+
+
+def _gap_rows(case: str, shipped: list[Answer], unshipped: list[Answer]) -> list[Row]:
+    firsts, plain = [x.ttft_s * 1e3 for x in shipped], [x.ttft_s * 1e3 for x in unshipped]
+    added = [a - b for a, b in zip(firsts, plain, strict=True)]  # of neighbours in time: their spread is far below the TTFT's
+    seconds, steps = [x.second_gap_s * 1e3 for x in shipped], [g * 1e3 for x in shipped for g in x.gaps_s]
+    first, alone, step = statistics.median(firsts), statistics.median(plain), statistics.median(steps)
+    more_ms = statistics.median(added)
+    rows = [
+        Row(case, "TTFT p50", "ms", first, alone, "same prefill, nothing moved", alone / first, "", None, half_spread(firsts)),
+        Row(case, "TTFT, what moving adds, p50", "ms", more_ms, None, "", None, "at most 2 ms", more_ms <= 2, half_spread(added)),
+    ]
+    for name, value, more in (("p50", statistics.median(seconds), 3), ("p99", _p99(seconds), 8)):
+        rows.append(
+            Row(
+                case, f"token 2 after token 1, {name}", "ms", value, step, "one decode step, p50", step / value,
+                f"at most a decode step + {more} ms", value <= step + more, half_spread(seconds),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[min(len(values) - 1, len(values) * 99 // 100)]
+
+
 def batching(args: argparse.Namespace) -> list[Row]:
     """W2: all streams start together; tokens a second of the whole, first token excluded from nothing."""
     rows = []
@@ -210,7 +255,7 @@ def vocab_size(running: Fleet) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("handoff", "batching", "idle"))
+    parser.add_argument("what", choices=("handoff", "batching", "gap", "idle"))
     parser.add_argument("--model", default="pico")
     parser.add_argument("--cpus", type=lambda s: [int(x) for x in s.split(",")], default=[0, 1])
     parser.add_argument("--prompts", type=lambda s: [int(x) for x in s.split(",")], default=[64, 256, 512, 1024])
@@ -221,7 +266,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--flag", action="append", default=[], help="for every worker, such as --flag=--dtype=fp32")
     args = parser.parse_args()
-    rows = {"handoff": handoff, "batching": batching, "idle": idle}[args.what](args)
+    rows = {"handoff": handoff, "batching": batching, "gap": gap, "idle": idle}[args.what](args)
     write(f"serve-{args.what}-{args.model.rstrip('/').split('/')[-1]}", rows)
 
 
