@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from kvtransfer.transport import Done, Link, OnControl
@@ -39,6 +39,7 @@ class MemoryTransport:
 
     def __init__(self, hub: Hub, address: bytes) -> None:
         self.address = address
+        self.dropped: Counter[str] = Counter()
         self.hub = hub
         self._on_control: OnControl | None = None
         self._posted: dict[int, tuple[memoryview, Done]] = {}

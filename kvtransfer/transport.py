@@ -6,6 +6,7 @@ and payload may overtake one another. It need not notice that a peer died: that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -32,6 +33,10 @@ class Transport(Protocol):
     name: str
     version: str
     address: bytes
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """What it did not take, by reason."""
 
     def start(self, on_control: OnControl) -> None:
         """Begins to deliver control frames; call on the io thread's running loop."""

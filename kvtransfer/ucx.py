@@ -15,7 +15,7 @@ import mmap
 import os
 import secrets
 import struct
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -83,6 +83,7 @@ class UcxTransport:
             raise ConfigError(f"UCX cannot start on devices {devices or 'all'}: {exc}; `ip link` lists what exists") from exc
         self.version = ".".join(str(part) for part in libucxx.get_ucx_version())
         self.address: bytes = _seal(libucxx.UCXAddress.create_from_worker(self._worker).tobytes())
+        self.dropped: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_control: OnControl | None = None
         self._operations: list[_Operation] = []
@@ -210,7 +211,9 @@ class UcxTransport:
             del self._arriving[link]
 
     def _deliver(self, data: Any, exc: Exception | None) -> None:
-        if exc is None and self._on_control is not None:
+        if exc is not None:
+            self.dropped["too_long"] += 1
+        elif self._on_control is not None:
             self._on_control(memoryview(data))
 
 

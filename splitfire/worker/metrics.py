@@ -40,7 +40,7 @@ class WorkerMetrics:
         rows = [(("send",), agent.num_sending), (("receive",), agent.num_receiving)]
         endings = [((ending.side.value, ending.outcome), count) for ending, count in tally.endings.items()]
         moved = [((side.value,), count) for side, count in tally.num_bytes.items()]
-        dropped = [((reason,), count) for reason, count in agent.dropped.items()]
+        dropped = [((reason,), count) for reason, count in (agent.dropped + agent.transport.dropped).items()]
         return [
             gauge("transfers_open", "Hand-offs under way", ("direction",), rows),
             counter("handoff", "Hand-offs that ended", ("side", "outcome"), endings),

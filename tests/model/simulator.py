@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -125,6 +125,7 @@ class SimTransport:
 
     def __init__(self, net: Net, name: str) -> None:
         self.address = name.encode()
+        self.dropped: Counter[str] = Counter()
         self.net = net
         self.is_dead = False
         self.on_control: OnControl | None = None

@@ -9,7 +9,7 @@ applied to it, so a path is a proof or a counterexample. Invariants are checked 
 from __future__ import annotations
 
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -122,6 +122,7 @@ class ModelTransport:
 
     def __init__(self, net: Net, node: str) -> None:
         self.address = node.encode()
+        self.dropped: Counter[str] = Counter()
         self.node = node
         self.posted: dict[int, tuple[memoryview, Done]] = {}
         self.on_control: OnControl | None = None
