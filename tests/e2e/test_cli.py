@@ -79,7 +79,10 @@ def test_the_demo_does_the_main_job_and_leaves_nothing_running() -> None:
     assert time.monotonic() - began < 15
     assert "ucx over shared memory" in ran.stdout
     assert "KV: " in ran.stdout
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "splitfire" in " ".join(p.info["cmdline"] or ())]
+    fresh = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
+    left = [
+        p for p in fresh if "splitfire" in (line := " ".join(p.info["cmdline"] or ())) and sys.prefix in line
+    ]  # not another clone's
     assert not left
 
 
