@@ -52,6 +52,7 @@ PURE = {
     "kvtransfer.tcp_records",
     "router.placement",
     "router.admission",
+    "router.hello",
     "splitfire.cli.findings",
 }
 NOT_PURE = HEAVY | EVENT_LOOPS | {"grpc", "time", "random", "threading", "socket"}

@@ -15,8 +15,9 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
 
-from router.fleet import Fleet, check_hello, clamp
+from router.fleet import Fleet
 from router.fleet_api import FleetService
+from router.hello import check_hello, clamp
 from router.placement import Demand, Placement, place
 from splitfire.core.errors import InvalidInput
 from splitfire.core.fingerprint import PROTOCOL_MAJOR
@@ -131,7 +132,7 @@ def test_only_who_has_the_token_may_join(metadata: tuple[tuple[str, str], ...]) 
         ("role", 0), ("role", 9), ("worker_id", ""), ("worker_id", "x" * 129), ("worker_id", "a\nb"), ("incarnation", b"short"),
         ("capacity__total_blocks", 0), ("capacity__max_running", 0), ("capacity__max_context", 0), ("capacity__chunk_tokens", 2**31),
         ("capacity__total_blocks", 2**32 - 1), ("host", "h" * 10_000), ("host", "a\nb"), ("fingerprint__weights", b"z"),
-        ("fingerprint__block_size", 0), ("fingerprint__block_size", 33), ("kv_format__block_size", 0), ("kv_format__block_size", 64),
+        ("fingerprint__block_size", 0), ("fingerprint__block_size", 33), ("kv_format__block_size", 0), ("kv_format__block_size", 64), ("kv_format__dtype", "fp4"), ("kv_format__dtype", "x" * 1000),
         ("fingerprint__weight_format", "x" * 10**6), ("machine__machine_id", "x" * 65), ("machine__transport", "a\nb"),
         ("machine__transport_version", "1" * 33),
     ],
