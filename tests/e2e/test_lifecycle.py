@@ -136,28 +136,6 @@ def _restarted(fleet: RunningFleet, name: str, before: str) -> bool:
     return any(w.worker_id == name and w.incarnation != before for w in fleet.status().workers)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 63])
-def test_a_killed_decode_worker_is_resumed_with_the_same_tokens(two_decodes: RunningFleet, tokens: int) -> None:
-    """F08, P9."""
-    fleet = two_decodes
-    prompt = [p + tokens for p in PROMPT]
-    expected = fleet.ids(prompt, 320)  # two seconds: long enough for a report of who is busy
-    fleet.assert_no_leaks()
-    call = fleet.stub.Generate(greedy(prompt, 320))
-    ids = first_tokens(call, tokens)
-    [busy] = [w for w in _until_busy(fleet) if w.running_sequences]
-    fleet.process(busy.worker_id).kill()
-    offsets = len(ids)
-    for response in call:
-        if response.token_ids:
-            assert response.offset == offsets, "contiguous"
-            offsets += len(response.token_ids)
-            ids += response.token_ids
-    assert ids == expected
-    until(lambda: _restarted(fleet, busy.worker_id, busy.incarnation), 30)
-    fleet.assert_no_leaks()
-
-
 def _until_busy(fleet: RunningFleet) -> list[pb.WorkerStatus]:
     busy: list[pb.WorkerStatus] = []
 
@@ -167,12 +145,6 @@ def _until_busy(fleet: RunningFleet) -> list[pb.WorkerStatus]:
 
     until(look, 5)
     return busy
-
-
-@pytest.fixture(scope="module")
-def two_decodes() -> Iterator[RunningFleet]:
-    with start_fleet("pico", prefill=1, decode=2) as fleet:
-        yield fleet
 
 
 def test_the_last_decode_worker_dying_says_what_was_streamed() -> None:
