@@ -373,9 +373,9 @@ def test_over_tcp_a_killed_decode_worker_costs_the_same_as_over_ucx() -> None:
 def test_a_death_with_100_transfers_in_flight_is_noticed_within_one_second(tmp_path: Path) -> None:
     """Both decode workers are frozen until 204 prompts are computed and offered to them; one dies, the other wakes."""
     trace = tmp_path / "trace.json"
-    flags = ("--max-running=256", "--kv-memory=768MiB", "--slot-size=256KiB", "--chunk-tokens=16384")
+    flags = ("--max-running=256", "--kv-memory=416MiB", "--slot-size=256KiB", "--chunk-tokens=16384")
     with start_fleet("pico", prefill=1, decode=2, worker=flags, shared=(f"--trace-file={trace}",)) as fleet:
-        prompts = [new_prompt(200) for _ in range(12)]
+        prompts = [new_prompt(130) for _ in range(12)]
         expected = [fleet.ids(prompt, 4) for prompt in prompts]  # and prefill keeps their KV: the rest goes fast
         for prompt, ids in zip(prompts, expected, strict=True):
             assert_greedy(pico_oracle(), prompt, ids)
