@@ -181,7 +181,7 @@ class TransferAgent:
 
     def lend_probe(self, incarnation: bytes, done: Callable[[], None]) -> RingSlot | None:
         peer = self._peers.known(incarnation)
-        slot = self.receive_ring.segment(incarnation).lend() if peer is not None else None
+        slot = self.receive_ring.lend(incarnation) if peer is not None else None
         if peer is not None and slot is not None:
             self._incoming.post(slot, peer, partial(self._probe_arrived, peer, slot, done))
             self._watch()

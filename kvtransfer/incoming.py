@@ -145,11 +145,10 @@ class Incoming:
         for transfer_id, receiving in [(t, r) for t, r in self._receivings.items() if r.peer is peer]:
             self._close(receiving.receiver, "peer_gone", tell_peer=False)
             self._receivings.pop(transfer_id, None)
-        segment = self.ring.segment(peer.address.incarnation)
         for slot in [s for s, posting in self._posted.items() if posting.peer is peer]:
             del self._posted[slot]
             if self._transport.cancel(slot_tag(slot.index, slot.generation)):
-                segment.give_back(slot)
+                self.ring.segment(peer.address.incarnation).give_back(slot)
         self.ring.drop(peer.address.incarnation)
 
     def remove(self, receiving: _Receiving) -> None:

@@ -167,7 +167,7 @@ class Outgoing:
 
     def fill(self, peer: Peer, target: LentSlot) -> None:
         """Fills a whole slot of a peer with nothing, to measure; from other memory when no slot is free here."""
-        slot = self.ring.segment(peer.address.incarnation).lend()
+        slot = self.ring.lend(peer.address.incarnation)
         buffer = slot.buffer if slot is not None else memoryview(bytearray(self.ring.slot_bytes))
         length = write_void(buffer, self._incarnation, len(buffer))
         if slot is not None:

@@ -89,6 +89,13 @@ class Ring:
             segment = self._segments[peer] = Segment(self, [self.make() for _ in range(self.options.slots_per_peer)])
         return segment
 
+    def lend(self, peer: bytes) -> RingSlot | None:
+        """A slot of `peer`; None where none is free, or its segment would be one too many."""
+        try:
+            return self.segment(peer).lend()
+        except Unavailable:
+            return None
+
     def drop(self, peer: bytes) -> None:
         """The peer is lost: what is lent to it is retired, what is free serves the next peer."""
         segment = self._segments.pop(peer, None)

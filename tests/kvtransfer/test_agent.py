@@ -490,3 +490,43 @@ def test_a_pair_measures_itself(transports: Callable[[], tuple[Transport, Transp
         pair.decode.close()
 
     play(scene())
+
+
+def test_a_peer_beyond_the_limit_is_met_measured_and_lost_like_any_other() -> None:
+    """There is no ring for it: it may not end the control stream it came with, nor the worker that hears of its end."""
+
+    async def scene() -> None:
+        hub = Hub()
+        options = AgentOptions(send_slots=2, receive_slots=2, slot_bytes=SLOT_BYTES, max_peers=1)
+        agents = [TransferAgent(hub.create(), bytes([i]) * 16, FINGERPRINT, options) for i in range(3)]
+        addresses = [PeerAddress(f"worker-{i}", a.incarnation, a.transport.address) for i, a in enumerate(agents)]
+        unhandled: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unhandled.append(context))
+        for agent in agents:
+            agent.start()
+        here, first, second = agents
+        for one, other in ((here, 1), (here, 2), (first, 0), (second, 0)):
+            one.meet(addresses[other])
+        results: list[str] = []
+        first.measure(addresses[0], lambda *_found: results.append("first"))
+        await until(lambda: results == ["first"])
+        second.measure(addresses[0], lambda *_found: results.append("second"))  # which lends it nothing
+        here.measure(addresses[1], lambda *_found: results.append("here"))
+        await until(lambda: results == ["first", "here"])
+        here.measure(addresses[2], lambda *_found: results.append("without a slot of its own"))
+        await until(lambda: len(results) == 3)
+        for agent in agents:
+            agent.peer_gone(addresses[2].incarnation)
+        source, sink = FakeSource(1), FakeSink(1)
+        pair = Pair(first, here, addresses[1], addresses[0])
+        pair.expect(sink, 40, b"a" * 16)
+        sender = pair.offer(source, 40, b"a" * 16)
+        sender.computed(40)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is Outcome.RECEIVED)
+        await until(lambda: not any(a.num_held_slots or a.num_open for a in agents))
+        for agent in agents:
+            agent.close()
+        assert not unhandled
+
+    play(scene())
