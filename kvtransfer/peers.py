@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,6 +15,8 @@ from kvtransfer.transport import Link, Transport, slot_tag
 from splitfire.core.errors import Unavailable
 from splitfire.core.limits import MAX_WORKERS
 from splitfire.v1 import kv_pb2
+
+MAX_SEQUENCE = (1 << 32) - 1  # of the frames of one link
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +31,18 @@ class PeerAddress:
 class Peer:
     """The way to one other worker."""
 
-    def __init__(self, address: PeerAddress, link: Link, incarnation: bytes, link_number: int) -> None:
+    def __init__(self, address: PeerAddress, link: Link, incarnation: bytes, link_numbers: Iterator[int]) -> None:
         self.address = address
         self.link = link
         self.meter: PairMeter | None = None
         self._incarnation = incarnation  # of this worker, which every frame carries
-        self._link_number = link_number
+        self._link_numbers = link_numbers  # of all links of this worker
+        self._link_number = next(link_numbers)
         self._num_sent = 0
 
     def send(self, message: kv_pb2.KvMessage) -> None:
+        if self._num_sent == MAX_SEQUENCE:  # to the other side it is a new link
+            self._link_number, self._num_sent = next(self._link_numbers), 0
         self._num_sent += 1
         self.link.send_control(control_frame(self._incarnation, self._link_number, self._num_sent, message))
 
@@ -63,7 +70,7 @@ class Peers:
         self._peers: dict[bytes, Peer] = {}
         self._gone: OrderedDict[bytes, None] = OrderedDict()
         self._last: OrderedDict[bytes, tuple[int, int]] = OrderedDict()  # link and sequence of the last frame
-        self._num_links = 0
+        self._link_numbers = itertools.count(1)
 
     def introduce(self, address: PeerAddress) -> Peer:
         """Whatever was heard before, the peer is there."""
@@ -77,8 +84,7 @@ class Peers:
         peer = self._peers.get(address.incarnation)
         if peer is None:
             link = self._transport.connect(address.address)
-            self._num_links += 1
-            peer = self._peers[address.incarnation] = Peer(address, link, self._incarnation, self._num_links)
+            peer = self._peers[address.incarnation] = Peer(address, link, self._incarnation, self._link_numbers)
         return peer
 
     def hear(self, incarnation: bytes, link: int, sequence: int) -> Heard:

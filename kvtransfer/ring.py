@@ -28,7 +28,8 @@ class SlotState(Enum):
 
 @dataclass(slots=True, eq=False)
 class RingSlot:
-    """`index` is unique in its direction; `generation` is one higher each time the slot is lent, so a late message can be told."""
+    """`index` is unique in its direction; `generation` is one higher each time the slot is lent, so a late message can be told.
+    On the wire it has 32 bits, and begins anew after them."""
 
     index: int
     buffer: memoryview
@@ -133,7 +134,7 @@ class Segment:
             return None
         slot = self._free.popleft()
         slot.state = SlotState.LENT
-        slot.generation += 1
+        slot.generation = (slot.generation + 1) % (1 << 32)
         self._lent.add(slot)
         return slot
 

@@ -530,3 +530,28 @@ def test_a_peer_beyond_the_limit_is_met_measured_and_lost_like_any_other() -> No
         assert not unhandled
 
     play(scene())
+
+
+def test_counters_of_the_wire_run_over_without_anybody_noticing() -> None:
+    """Generations of slots and numbers of frames have 32 bits: some weeks of a busy pair."""
+
+    async def scene() -> None:
+        pair = make_pair(memory_transports())
+        for agent, other in ((pair.prefill, pair.at_decode), (pair.decode, pair.at_prefill)):
+            agent._peers.get(other)._num_sent = 2**32 - 3
+        segment = pair.decode.receive_ring.segment(pair.prefill.incarnation)
+        for slot in segment._free:
+            slot.generation = 2**32 - 2
+        for i in range(12):
+            source, sink = FakeSource(i), FakeSink(i)
+            pair.expect(sink, 16 * 11, bytes([i]) * 16)
+            sender = pair.offer(source, 16 * 11, bytes([i]) * 16)
+            sender.computed(16 * 11)
+            sender.finish([TOKEN])
+            await until(lambda source=source: source.outcome is not None)  # type: ignore[misc]
+            assert source.outcome is Outcome.RECEIVED
+            sink.assert_right(11)
+        pair.assert_no_leaks()
+        assert all(0 < slot.generation < 100 for slot in segment._free) and not pair.decode.dropped
+
+    play(scene())
