@@ -2,7 +2,8 @@
 
 A block holds `block_size` tokens of every layer, keys and values, in one contiguous piece. First its elements,
 `[num_layers, 2, num_kv_heads, block_size, head_dim]`; then, in a quantised block, one fp16 scale for each of their vectors,
-`[num_layers, 2, num_kv_heads, block_size]`; then zeros up to a multiple of BLOCK_ALIGN.
+`[num_layers, 2, num_kv_heads, block_size]`; then zeros up to a multiple of BLOCK_ALIGN. Keys come before values, with their rotary
+embedding in them; a quantised block holds the Hadamard transform of each key (engine/kernels/quantise.py), values as they are.
 """
 
 from __future__ import annotations

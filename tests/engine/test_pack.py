@@ -10,10 +10,10 @@ from hashlib import blake2b
 import pytest
 import torch
 
-from splitfire.core.layout import DTYPE_BYTES, KvLayout
+from splitfire.core.layout import DTYPE_BYTES, QUANTISED, KvLayout
 from splitfire.engine.kernels import native
 from splitfire.engine.kernels.pack import block_sums, pack, pack_reference, unpack, unpack_reference
-from splitfire.engine.kernels.quantise import dequantise, quantise
+from splitfire.engine.kernels.quantise import dequantise, hadamard, quantise
 from splitfire.engine.pool import TORCH_DTYPES, KvPool, elements_of, scales_of
 
 CPU = torch.device("cpu")
@@ -37,6 +37,7 @@ def random_pool(layout: KvLayout, seed: int = 0) -> KvPool:
 
 
 def fill(pool: KvPool, where: slice | int, x: torch.Tensor) -> None:
+    """x is what the cache holds: in a quantised one, keys that are transformed already."""
     if pool.scales is None:
         pool.elements[where] = x.to(pool.elements.dtype)
     else:
@@ -44,8 +45,13 @@ def fill(pool: KvPool, where: slice | int, x: torch.Tensor) -> None:
 
 
 def meaning(pool: KvPool, block: int) -> torch.Tensor:
-    """[*block_shape] fp32."""
+    """[*block_shape] fp32, as `fill` takes it."""
     return pool.elements[block].float() if pool.scales is None else dequantise(pool.elements[block], pool.scales[block])
+
+
+def transform_keys(x: torch.Tensor) -> torch.Tensor:
+    """[num_layers, 2, num_kv_heads, block_size, head_dim] -> the same, between what quantised and other caches hold."""
+    return torch.stack((hadamard(x[:, 0]), x[:, 1]), 1)
 
 
 def poisoned(num_bytes: int) -> torch.Tensor:
@@ -93,7 +99,10 @@ def test_what_is_packed_is_what_is_unpacked(body: str, source: str, target: str,
     assert unpack_with(there, landing, payload) == sums
     for i, (block, landed) in enumerate(zip(ids, landing, strict=True)):
         valid = min(max(num_tokens - i * SIZE, 0), SIZE)
-        wide = meaning(here, block)[..., :valid, :]
+        wide = meaning(here, block)
+        if here.layout.is_quantised != there.layout.is_quantised:
+            wide = transform_keys(wide)
+        wide = wide[..., :valid, :]
         if source == target:
             assert_same_bytes(there.elements[landed][..., :valid, :], here.elements[block][..., :valid, :])
         elif there.scales is None:
@@ -112,6 +121,20 @@ def test_what_is_packed_is_what_is_unpacked(body: str, source: str, target: str,
 def assert_same_bytes(a: torch.Tensor, b: torch.Tensor) -> None:
     assert a.dtype == b.dtype
     assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("dtype", sorted(QUANTISED))
+def test_keys_and_values_come_back_from_a_quantised_pool_as_what_they_were(body: str, dtype: str) -> None:
+    """Within a step of the vector's largest number, also keys whose block was transformed there and back."""
+    pack_with, unpack_with = BODIES[body]
+    here, there = random_pool(LAYOUT), KvPool(replace(LAYOUT, dtype=dtype), NUM_BLOCKS, CPU)
+    payload, back = poisoned(there.layout.block_bytes), poisoned(LAYOUT.block_bytes)
+    pack_with(here, [3], SIZE, dtype, payload)
+    unpack_with(there, [1], payload)
+    pack_with(there, [1], SIZE, "fp32", back)
+    error = (elements_of(back.view(1, -1), LAYOUT)[0] - here.elements[3]).norm(dim=-1) / here.elements[3].norm(dim=-1)
+    assert error.max() < (0.01 if dtype == "int8" else 0.05)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -180,6 +203,10 @@ AWKWARD = [  # num_layers, num_kv_heads, head_dim, block_size
         (3, 1, 128, 16),
         (1, 1, 7, 8),
         (1, 1, 1031, 8),
+        (1, 3, 10, 8),
+        (2, 2, 36, 8),
+        (2, 2, 64, 16),
+        (1, 1, 2048, 8),
     ]
 ]
 compiled = pytest.mark.skipif(not native.is_available(), reason="installed without a compiler: torch does its work")
@@ -241,17 +268,17 @@ def test_every_fp32_that_rounds_in_a_special_way_is_rounded_like_torch() -> None
 def test_divisions_near_the_middle_of_two_numbers_are_torchs(target: str) -> None:
     """The compiled op divides by way of the inverse: every significand of a scale, and quotients on and right beside ties."""
     layout = KvLayout("fp32", num_layers=1, num_kv_heads=1, head_dim=128, block_size=64)
-    pool, largest = KvPool(layout, 16, CPU), 127.0 if target == "int8" else 448.0
+    pool, largest = KvPool(layout, 32, CPU), 127.0 if target == "int8" else 448.0
     scales = (1 + torch.arange(1024) / 1024).repeat(2) * torch.logspace(-12, 6, 2048, base=2).log2().round().exp2()
     ties = torch.linspace(-largest, largest, 63) if target == "fp8_e4m3" else torch.arange(-31, 32) + 0.5
     x = torch.empty(2048, 128)
     x[:, 0], x[:, 1] = scales * largest, 0.0
     x[:, 2:65] = scales[:, None] * ties
     x[:, 65:128] = torch.nextafter(x[:, 2:65], torch.zeros(()))
-    pool.elements.copy_(x.view(pool.elements.shape))
-    ours, theirs = (poisoned(16 * replace(layout, dtype=target).block_bytes) for _ in range(2))
-    pack(pool, range(16), 16 * 64, target, ours)
-    pack_reference(pool, range(16), 16 * 64, target, theirs)
+    pool.elements[:, :, 1] = x.view(32, 1, 1, 64, 128)  # values: keys are transformed first, and leave the ties
+    ours, theirs = (poisoned(32 * replace(layout, dtype=target).block_bytes) for _ in range(2))
+    pack(pool, range(32), 32 * 64, target, ours)
+    pack_reference(pool, range(32), 32 * 64, target, theirs)
     assert torch.equal(ours, theirs)
 
 

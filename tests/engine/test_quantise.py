@@ -9,7 +9,7 @@ import struct
 import pytest
 import torch
 
-from splitfire.engine.kernels.quantise import LARGEST, dequantise, quantise
+from splitfire.engine.kernels.quantise import LARGEST, dequantise, hadamard, quantise
 
 DTYPES = sorted(LARGEST, key=str)
 
@@ -137,3 +137,57 @@ def test_shapes_and_input_dtypes(dtype: torch.dtype, wide: torch.dtype) -> None:
     elements, scales = quantise(x, dtype)
     assert (elements.shape, elements.dtype, scales.shape, scales.dtype) == (x.shape, dtype, x.shape[:3], torch.float16)
     assert torch.equal(dequantise(elements, scales), dequantise(*quantise(x.float(), dtype)))
+
+
+# -- the transform of keys and queries
+
+RUNS = {1: 1, 2: 2, 7: 1, 24: 8, 36: 4, 64: 64, 80: 16, 96: 32, 128: 128, 2048: 2048}  # head_dim: elements that are mixed
+
+
+def butterflies(vector: list[float], size: int) -> list[float]:
+    """The transform of each run of `size`, one addition at a time, each rounded to single precision: strides 1, 2, 4, ..."""
+    x = list(vector)
+    stride = 1
+    while stride < size:
+        for i in range(len(x)):
+            if not i & stride:
+                x[i], x[i + stride] = fp32(x[i] + x[i + stride]), fp32(x[i] - x[i + stride])
+        stride *= 2
+    return [fp32(a * fp32(1 / math.sqrt(size))) for a in x]
+
+
+@pytest.mark.parametrize("head_dim", RUNS)
+def test_the_transform_is_made_of_butterflies_in_a_fixed_order(head_dim: int) -> None:
+    """To the bit: what a cache holds must not depend on who wrote it."""
+    x = torch.randn(3, head_dim, generator=torch.Generator().manual_seed(8)) * 10
+    assert hadamard(x).tolist() == [butterflies(row, RUNS[head_dim]) for row in x.tolist()]
+
+
+@pytest.mark.parametrize("head_dim", RUNS)
+def test_the_transform_undoes_itself_and_keeps_products(head_dim: int) -> None:
+    q, k = (torch.randn(50, head_dim, generator=torch.Generator().manual_seed(seed)) for seed in (9, 10))
+    before = k.clone()
+    torch.testing.assert_close(hadamard(hadamard(k)), k, rtol=1e-6, atol=1e-5)
+    assert torch.equal(k, before) and hadamard(k).is_contiguous()
+    torch.testing.assert_close((hadamard(q) * hadamard(k)).sum(-1), (q * k).sum(-1), rtol=1e-5, atol=1e-4)
+    if RUNS[head_dim] == 1:
+        assert torch.equal(hadamard(k), k)
+
+
+@pytest.mark.parametrize("head_dim", RUNS)
+def test_one_outlier_is_spread_over_its_whole_run(head_dim: int) -> None:
+    run = RUNS[head_dim]
+    x = torch.zeros(head_dim)
+    x[head_dim - 1] = 8.0
+    assert hadamard(x)[-run:].abs().unique().tolist() == [fp32(8 * fp32(1 / math.sqrt(run)))]
+    assert not hadamard(x)[:-run].any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+def test_what_is_not_finite_before_the_transform_is_not_finite_after_it(bad: float) -> None:
+    """3e38: neither is a vector whose sums leave single precision."""
+    x = torch.ones(2, 24)
+    x[0, 8:10] = bad
+    elements, scales = quantise(hadamard(x), torch.int8)
+    assert scales.isnan().tolist() == [True, False]
+    assert not elements[0].any()

@@ -76,7 +76,7 @@ def plan_attention(spans: Sequence[QuerySpan], device: torch.device) -> Attentio
 
 
 def attend(
-    q: Tensor,  # [num_tokens, num_heads, head_dim]
+    q: Tensor,  # [num_tokens, num_heads, head_dim], as `rope_norm_write` returned them for this cache
     cache: LayerCache,
     step: AttentionStep,
     scale: float,

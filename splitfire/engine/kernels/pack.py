@@ -4,8 +4,9 @@ Both also return the data part of each block's digest, which kv.proto defines: a
 modulo 2^64. It is the same number from any backend because a sum may be taken in any order. The torch bodies here are the
 reference and the fallback everywhere; native/ does the same in one pass over the bytes.
 
-Conversion goes through fp32 and rounds to nearest, ties to even. A NaN that is converted becomes the positive quiet NaN
-of its new dtype; between equal dtypes bytes stay as they are.
+Conversion goes through fp32 and rounds to nearest, ties to even; keys are transformed on their way into a quantised dtype and back
+on their way out of one (quantise.py). A NaN that is converted becomes the positive quiet NaN of its new dtype; between equal
+dtypes bytes stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from splitfire.core.layout import KvLayout
 from splitfire.engine.kernels import native
-from splitfire.engine.kernels.quantise import dequantise, quantise
+from splitfire.engine.kernels.quantise import dequantise, hadamard, quantise
 from splitfire.engine.pool import TORCH_DTYPES, KvPool, elements_of, scales_of
 
 _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -124,6 +125,8 @@ def _convert(pool: KvPool, ids: Tensor, layout: KvLayout, wire: Tensor) -> None:
     """Writes elements and scales of `wire`, whose dtype is not the pool's."""
     elements = pool.elements[ids]
     wide = elements.float() if pool.scales is None else dequantise(elements, pool.scales[ids])
+    if layout.is_quantised != pool.layout.is_quantised:
+        wide[:, :, 0] = hadamard(wide[:, :, 0])
     target = TORCH_DTYPES[layout.dtype]
     if layout.is_quantised:
         quantised, scales = quantise(wide, target)

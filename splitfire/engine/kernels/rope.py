@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from splitfire.engine.kernels.norm import rms_norm
-from splitfire.engine.kernels.quantise import quantise
+from splitfire.engine.kernels.quantise import hadamard, quantise
 from splitfire.engine.pool import LayerCache
 
 
@@ -49,14 +49,20 @@ def rope_norm_write(
     norm: QkNorm | None,
     cache: LayerCache,  # written; quantised in the same go if it is
     targets: CacheTargets,
-) -> Tensor:  # [num_tokens, num_heads, head_dim]: the rotated queries
-    """Norms q and k per head, rotates them (halves, not pairs), writes k and v, returns q."""
+) -> Tensor:  # [num_tokens, num_heads, head_dim]: what `attend` takes as queries with this cache
+    """Norms q and k per head, rotates them (halves, not pairs), writes k and v, returns q. With a quantised cache q and k are
+    transformed as well, for the cache holds `hadamard` of its keys."""
     if norm is not None:
         q = rms_norm(q, norm.q_weight, norm.eps)
         k = rms_norm(k, norm.k_weight, norm.eps)
-    _write(cache, 0, targets, rotate(k, rotation))
+    q, k = rotate(q, rotation), rotate(k, rotation)
+    if cache.scales is not None:
+        dtype, num_heads = q.dtype, q.shape[1]
+        both = hadamard(torch.cat((q, k), 1))  # at once: for few tokens its many small ops cost what starting them costs
+        q, k = both[:, :num_heads].to(dtype), both[:, num_heads:]
+    _write(cache, 0, targets, k)
     _write(cache, 1, targets, v)
-    return rotate(q, rotation)
+    return q
 
 
 def _write(cache: LayerCache, side: int, targets: CacheTargets, x: Tensor) -> None:

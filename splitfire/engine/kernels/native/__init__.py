@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitfire.core.layout import DTYPE_BYTES, KvLayout
 
-VERSION = 1  # of what pack.cpp and this file agree on
+VERSION = 2  # of what pack.cpp and this file agree on
 MAX_HEAD_DIM = 2048  # TILE of pack.cpp
 _NUMBERS = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
 
@@ -24,8 +24,10 @@ class _Shape(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
-        for name in ("num_rows", "block_size", "head_dim", "pool_block_bytes", "payload_block_bytes", "source", "target")
-    )
+        for name in (
+            "num_rows", "rows_per_side", "block_size", "head_dim", "pool_block_bytes", "payload_block_bytes", "source", "target",
+        )
+    )  # fmt: skip
 
 
 def _load() -> ctypes.CDLL | None:
@@ -66,7 +68,7 @@ class BlockMover:
         self.wire_block_bytes = wire.block_bytes
         self._multipliers = multipliers
         self._shape = _Shape(
-            layout.num_layers * 2 * layout.num_kv_heads, layout.block_size, layout.head_dim,
+            layout.num_layers * 2 * layout.num_kv_heads, layout.num_kv_heads, layout.block_size, layout.head_dim,
             layout.block_bytes, wire.block_bytes, _NUMBERS[layout.dtype], _NUMBERS[wire.dtype],
         )  # fmt: skip
 

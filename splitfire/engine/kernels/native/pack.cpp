@@ -123,6 +123,52 @@ CLONES void store_e4m3(const float* __restrict wide, int64_t tokens, int64_t hea
     }
 }
 
+// ---- The Hadamard transform of keys: that of ../quantise.py, also in the order of its additions
+
+// STAGES of the butterflies of a run, those with strides 1, 2, 4, ... A stage puts the sums of neighbours into the lower half and
+// their differences into the upper one, which turns the bits of their places by one: the next stage's partners are neighbours
+// again, and after the last one all are where they belong (Pease 1968). Bounds are constants, so that registers hold the run.
+template <int64_t SIZE, int64_t STAGES> INLINE void transform_run(const float* from, float* result) {
+    float mixed[SIZE];
+    float* to = STAGES == 1 ? result : mixed;
+    for (int64_t i = 0; i < SIZE / 2; ++i) {
+        const float a = from[2 * i], b = from[2 * i + 1];
+        to[i] = a + b;
+        to[SIZE / 2 + i] = a - b;
+    }
+    if constexpr (STAGES > 1) transform_run<SIZE, STAGES - 1>(mixed, result);
+}
+
+template <int64_t SIZE, int64_t STAGES> INLINE void transform_runs(float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += SIZE) transform_run<SIZE, STAGES>(x + i, x + i);
+}
+
+constexpr int64_t MAX_RUN = 64;
+
+// Of `count` numbers, in runs of `size`, a power of two that divides `count`. In place.
+CLONES void hadamard(float* __restrict x, int64_t count, int64_t size) {
+    switch (std::min(size, MAX_RUN)) {
+        case 1: return;
+        case 2: transform_runs<2, 1>(x, count); break;
+        case 4: transform_runs<4, 2>(x, count); break;
+        case 8: transform_runs<8, 3>(x, count); break;
+        case 16: transform_runs<16, 4>(x, count); break;
+        case 32: transform_runs<32, 5>(x, count); break;
+        case 64: transform_runs<64, 6>(x, count); break;
+    }
+    for (int64_t stride = MAX_RUN; stride < size; stride *= 2) {
+        for (int64_t begin = 0; begin < count; begin += 2 * stride) {
+            for (int64_t i = begin; i < begin + stride; ++i) {
+                const float a = x[i], b = x[i + stride];
+                x[i] = a + b;
+                x[i + stride] = a - b;
+            }
+        }
+    }
+    const float norm = float(1.0 / std::sqrt(double(size)));
+    for (int64_t i = 0; i < count; ++i) x[i] *= norm;
+}
+
 // ---- The digest's sum: words times multipliers, modulo 2^64
 
 INLINE uint64_t word_at(const uint8_t* bytes, int64_t i) {
@@ -224,12 +270,14 @@ const Format FORMATS[] = {  // in the order of core/layout.py's DTYPE_BYTES
 
 // ---- Blocks
 
-// Twin of _Shape in __init__.py. A block has `num_rows` rows, one for each layer, side (K or V) and head; a row is
+// Twin of _Shape in __init__.py. A block has `num_rows` rows, one for each layer, side (K, then V) and head; a row is
 // `block_size` tokens (a multiple of 8, so that it is whole words) of `head_dim` elements (at most TILE).
 struct Shape {
-    int64_t num_rows, block_size, head_dim;
+    int64_t num_rows, rows_per_side, block_size, head_dim;
     int64_t pool_block_bytes, payload_block_bytes;
     int64_t source, target;  // indices of FORMATS
+
+    bool is_key(int64_t row) const { return row / rows_per_side % 2 == 0; }
 };
 
 // One block in one of the two formats. The block of the pool is only read.
@@ -251,11 +299,13 @@ struct Block {
 void convert_row(const Shape& shape, const Block& from, const Block& to, int64_t row, int64_t valid) {
     alignas(64) float wide[TILE];
     const int64_t tokens_per_tile = std::min(MAX_TOKENS, TILE / shape.head_dim);
+    const bool is_transformed = shape.is_key(row) && from.format.has_scales != to.format.has_scales;
     for (int64_t token = 0; token < valid; token += tokens_per_tile) {
         const int64_t tokens = std::min(tokens_per_tile, valid - token), element = token * shape.head_dim;
         const uint8_t* in = from.elements(row) + element * from.format.element_bytes;
         uint8_t* out = to.elements(row) + element * to.format.element_bytes;
         from.format.load(in, from.scales(row) + token, tokens, shape.head_dim, wide);
+        if (is_transformed) hadamard(wide, tokens * shape.head_dim, shape.head_dim & -shape.head_dim);
         to.format.store(wide, tokens, shape.head_dim, out, to.scales(row) + token);
     }
 }
@@ -293,7 +343,7 @@ uint64_t pack_block(const Shape& shape, const Block& from, const Block& to, int6
 
 extern "C" {
 
-int splitfire_version() { return 1; }  // of what stands here and in __init__.py
+int splitfire_version() { return 2; }  // of what stands here and in __init__.py
 
 void splitfire_pack(const Shape* shape, const uint8_t* pool, const int64_t* block_ids, int64_t num_blocks, int64_t num_tokens,
                     uint8_t* payload, const uint64_t* multipliers, uint64_t* sums) {
