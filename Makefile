@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check bench bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-opponents pico clean
+.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-opponents pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -25,6 +25,9 @@ bug-gate:        ## twelve bugs planted, each caught
 
 leak-check:      ## 10 000 transfers over each transport, three in ten aborted: nothing may stay behind (a minute)
 	.venv/bin/python -m tests.kvtransfer.leaks 10000
+
+fuzz:            ## a minute of hostile frames and messages, other ones each time
+	.venv/bin/python -m tests.kvtransfer.fuzz 60
 
 docs:            ## the pages that are printed from code
 	.venv/bin/python -m kvtransfer.protocol > docs/protocol.md

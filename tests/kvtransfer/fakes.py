@@ -92,7 +92,7 @@ class FakeSink:
 
     def closed(self, reason: str, is_retryable: bool) -> None:
         assert not self.end
-        self.end, self.holds_blocks = reason, False
+        self.end, self.holds_blocks = reason or "no reason", False
 
     def assert_right(self, num_blocks: int, size: int = LAYOUT.block_bytes) -> None:
         assert self.end == "ready"
