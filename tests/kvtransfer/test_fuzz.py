@@ -1,4 +1,4 @@
-"""A worker that says anything, to an agent and to each of its machines, for FUZZ_S together; `make fuzz` takes a minute."""
+"""A worker that says anything, to an agent and to each of its machines, for FUZZ_S together; `make fuzz` tries new inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.kvtransfer import fuzz
 
-FUZZ_S = 20.0
+FUZZ_S = 60.0
 
 
 @pytest.mark.parametrize(("target", "share"), [("frames", 0.5), ("receiver", 0.25), ("sender", 0.25)])
