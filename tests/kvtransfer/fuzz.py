@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -202,6 +202,7 @@ class Node:
 
     def __init__(self, network: Network, address: bytes, is_certain: bool) -> None:
         self.network, self.address, self.is_certain = network, address, is_certain
+        self.dropped: Counter[str] = Counter()
         self.on_control: OnControl | None = None
         self.posted: dict[int, tuple[memoryview, Done]] = {}
         self.early: dict[int, deque[tuple[bytes, Done]]] = {}
