@@ -78,12 +78,15 @@ def test_a_slot_longer_than_its_message_is_fine_for_payloads() -> None:
         (0, b"XFKV", "bad_magic"),  # B64
         (0, b"\x80\x04\x95K", "bad_magic"),  # B87: a pickle
         (0, b'{"a"', "bad_magic"),
-        (4, b"\x00", "unsupported_version"),
+        (0, b"\x82\xa1a\xc7", "bad_magic"),  # msgpack with an extension
+        (4, b"\x00", "unsupported_version"),  # B64
         (4, b"\xff", "unsupported_version"),
         (5, b"\x00", "unknown_kind"),  # B68
         (5, b"\x09", "unknown_kind"),
-        (6, b"\x01", "unknown_kind"),  # a flag
-        (8, struct.pack("<I", 2**32 - 1), "truncated"),  # B65
+        (6, b"\x01", "unknown_kind"),  # a flag; there is none for another byte order either (B86)
+        (8, struct.pack("<I", 0), "truncated"),  # B65
+        (8, struct.pack("<I", 3), "truncated"),
+        (8, struct.pack("<I", 2**32 - 1), "truncated"),
     ],
 )
 def test_a_wrong_frame_header(at: int, value: bytes, expected: str) -> None:
@@ -124,6 +127,8 @@ def test_control_messages_are_bounded_and_must_be_understood() -> None:
         ({"block_bytes": 0}, "size_mismatch"),
         ({"block_bytes": 2**32 - 1}, "size_mismatch"),
         ({"payload_bytes": 2**63}, "size_mismatch"),
+        ({"payload_bytes": 2**64 - 1}, "size_mismatch"),
+        ({"block_end": 2**32 - 1, "block_bytes": 0, "payload_bytes": 0}, "size_mismatch"),  # the product is right
         ({"digest_algorithm": 0}, "unknown_digest"),  # B74
         ({"digest_algorithm": 9}, "unknown_digest"),
     ],
@@ -147,7 +152,9 @@ def test_an_unknown_dtype() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"layer_start": 1}, "bad_layer_range"),
+        ({"layer_start": 1}, "bad_layer_range"),  # B71
+        ({"layer_start": 2, "layer_end": 1}, "bad_layer_range"),
+        ({"layer_start": 0, "layer_end": 0}, "bad_layer_range"),
         ({"layer_end": 1}, "bad_layer_range"),
         ({"layer_end": 3}, "bad_layer_range"),
         ({"head_end": 1}, "bad_head_range"),

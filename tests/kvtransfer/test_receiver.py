@@ -120,9 +120,10 @@ OLDER_GENERATION = (lambda h: replace(h, generation=h.generation - 1), "bad_gene
         OLDER_GENERATION,  # B70
         (lambda h: replace(h, generation=h.generation + 1), "bad_generation"),
         (lambda h: replace(h, slot=h.slot + 1), "bad_generation"),
-        (lambda h: replace(h, transfer_id=b"b" * 16), "not_owner"),
+        (lambda h: replace(h, generation=2**32 - 1), "bad_generation"),
+        (lambda h: replace(h, transfer_id=b"b" * 16), "not_owner"),  # B82
         (lambda h: replace(h, cache_id=1), "not_owner"),
-        (lambda h: replace(h, fingerprint=b"x" * 8), "bad_fingerprint"),
+        (lambda h: replace(h, fingerprint=b"x" * 8), "bad_fingerprint"),  # B76
         (lambda h: replace(h, layer_start=1), "bad_layer_range"),  # B71
         (lambda h: replace(h, layer_end=0), "bad_layer_range"),
         (lambda h: replace(h, head_end=9), "bad_head_range"),
