@@ -104,6 +104,16 @@ class BlockPool:
             block.name = name
             self._index[name] = block_id
 
+    def forget(self, block_ids: Sequence[BlockId]) -> None:
+        """Takes blocks of a user out of the index: what they hold cannot be trusted. They are free once nobody uses them, and
+        what others computed from them is not found any more."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            assert block.num_users > 0, block
+            if block.name is not None:
+                del self._index[block.name]
+                block.name = None
+
     def begin_filling(self, block_id: BlockId) -> None:
         """An intake's block that is not full goes on as a running sequence's."""
         block = self._blocks[block_id]

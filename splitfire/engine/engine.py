@@ -228,6 +228,7 @@ class Engine:
         if drawn is None:
             return SequenceUpdate(spec.seq_id, sequence.num_computed, block_ids, offset)
         if drawn.token is None:
+            self.blocks.forget(sequence.block_ids)  # whoever asks the same again would fail of the same KV
             self._end(sequence)
             return SequenceUpdate(spec.seq_id, sequence.num_computed, (), offset, is_finished=True, error=drawn.error)
         if is_first:

@@ -107,6 +107,21 @@ def test_without_prefix_caching_everything_is_free_again() -> None:
     assert pool.match(names(1, 2)) == []
 
 
+def test_what_cannot_be_trusted_is_found_by_nobody_and_free_after_its_last_user() -> None:
+    pool = BlockPool(6)
+    one = fill(pool, names(1, 2, 3))
+    two = fill(pool, names(1, 2, 4))
+    pool.forget(one)
+    assert pool.match(names(1, 2, 3)) == []
+    again = fill(pool, names(1, 2))
+    assert not set(again) & {*one, *two}
+    pool.release(one)
+    assert pool.counts()[BlockState.FREE] == 1, "the other two are still used"
+    pool.release(two)
+    assert pool.counts()[BlockState.FREE] == 3 and pool.counts()[BlockState.CACHED] == 1
+    pool.check()
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Sequences come, grow, commit, hand over and go in any order; the pool's books always balance (P4)."""
 
@@ -142,6 +157,15 @@ class PoolMachine(RuleBasedStateMachine):
         more = self.pool.allocate(1)
         if more is not None:
             blocks.extend(more)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        blocks, chain = self.held[data.draw(st.integers(0, len(self.held) - 1))]
+        self.pool.forget(blocks)
+        found = self.pool.match(chain)
+        assert not set(found) & set(blocks)
+        self.pool.release(found)
 
     @invariant()
     def books_balance(self) -> None:

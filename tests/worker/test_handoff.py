@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from kvtransfer.sender import Sender
+from prefill_svc import ship
 from splitfire.core.sampling import SamplingParams
 from splitfire.engine.engine import Engine, Reservation
+from splitfire.engine.kernels.pack import block_sums
 from splitfire.engine.kernels.sample import noise_key
 from splitfire.engine.sequence import Purpose
-from splitfire.v1 import fleet_pb2, inference_pb2
+from splitfire.v1 import fleet_pb2, inference_pb2, kv_pb2
 from tests.checkpoints import VOCAB, assert_greedy, family_configs, save_checkpoint
 from tests.engines import load_model, make_engine, make_spec
 from tests.rig import Answer, Rig, play, until
@@ -294,6 +297,81 @@ def test_a_dead_prefill_worker_frees_decode_at_once(llama: Path) -> None:
         rig.decode.agent.peer_gone(rig.prefill.agent.incarnation)
         assert rig.decode.engine.load().available_blocks == 128
         assert [r.is_retryable for r in answer.refusals] == [True]
+        rig.close()
+
+    play(scene())
+
+
+def test_nan_kv_with_a_right_digest_fails_its_request_alone(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B83: the wire believes a digest; the logits tell. Neither who comes after with the same prompt, nor who gets the blocks
+    next, finds anything of it."""
+    model = load_model(llama)
+    [bad_prompt] = prompts("nan", (100,))
+    honest = ship.BlockShipment.pack
+
+    def poisoned(
+        shipment: ship.BlockShipment, first_block: int, num_blocks: int, dtype: str, payload: memoryview, *, digest: bool
+    ) -> list[int]:
+        sums = honest(shipment, first_block, num_blocks, dtype, payload, digest=digest)
+        if list(shipment.job.spec.prompt) != bad_prompt:
+            return sums
+        out = torch.frombuffer(payload, dtype=torch.uint8)
+        out.view(torch.float32).fill_(float("nan"))
+        return block_sums(out, num_blocks)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model), make_engine(model, num_blocks=12))
+        oracle = Rig(make_engine(model), make_engine(model))
+        mate_prompt, next_prompt = prompts("nan mate", (90, 300))
+
+        async def right(prompt: list[int]) -> list[int]:
+            answer = oracle.ask(prompt, 20, part=WHOLE)
+            await until(lambda: answer.end is not None)
+            return answer.ids()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(ship.BlockShipment, "pack", poisoned)
+            mate, bad = rig.ask(mate_prompt, 20), rig.ask(bad_prompt, 20)
+            await until(lambda: mate.end is not None and bool(bad.refusals))
+        assert [(r.reason, r.is_retryable) for r in bad.refusals] == [("nonfinite_logits", False)]
+        assert mate.ids() == await right(mate_prompt)
+        rig.cancel(bad)
+        await rig.settle()
+        for prompt in (bad_prompt, next_prompt):  # its prefix; then every block there is
+            answer = rig.ask(prompt, 20)
+            await until(lambda answer=answer: answer.end is not None or bool(answer.refusals))  # type: ignore[misc]
+            assert not answer.refusals
+            assert answer.ids() == await right(prompt)
+            await rig.settle()
+        for one in (rig, oracle):
+            one.close()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("change", [{"token_id": VOCAB}, {"token_id": 2**32 - 1}, {"offset": 1}, {"choice": 1}])
+def test_a_first_token_that_is_none_is_refused_and_everything_freed(
+    llama: Path, change: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B85."""
+    model = load_model(llama)
+    finish = Sender.finish
+
+    def lying(sender: Sender, first_tokens: Sequence[kv_pb2.FirstToken]) -> None:
+        for token in first_tokens:
+            token.MergeFrom(kv_pb2.FirstToken(**change))  # type: ignore[arg-type]
+        finish(sender, first_tokens)
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model), make_engine(model))
+        [prompt] = prompts("first", (100,))
+        monkeypatch.setattr(Sender, "finish", lying)
+        answer = rig.ask(prompt, 10)
+        await until(lambda: bool(answer.refusals))
+        assert [r.reason for r in answer.refusals] == ["handoff_failed"]
+        assert "bad_first_token" in answer.refusals[0].message
+        rig.cancel(answer)
+        await rig.settle()
         rig.close()
 
     play(scene())
