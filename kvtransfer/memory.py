@@ -11,14 +11,16 @@ import mmap
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from kvtransfer.transport import Done, Link, OnControl
+from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from splitfire.core.errors import Unavailable
 
 
 @dataclass(slots=True)
 class Hub:
-    """Where memory transports find each other."""
+    """Where memory transports find each other. `is_one_memory`: a peer's slots may be written where they lie."""
 
+    is_one_memory: bool = False
+    slots: dict[bytes, memoryview] = field(default_factory=dict)  # by key
     nodes: dict[bytes, MemoryTransport] = field(default_factory=dict)
     lost: set[bytes] = field(default_factory=set)
 
@@ -48,8 +50,13 @@ class MemoryTransport:
     def start(self, on_control: OnControl) -> None:
         self._on_control = on_control
 
-    def allocate(self, num_bytes: int) -> memoryview:
-        return memoryview(mmap.mmap(-1, num_bytes))
+    def allocate(self, num_bytes: int) -> SlotMemory:
+        buffer = memoryview(mmap.mmap(-1, num_bytes))
+        if not self.hub.is_one_memory:
+            return SlotMemory(buffer)
+        key = f"slot-{len(self.hub.slots)}".encode()
+        self.hub.slots[key] = buffer
+        return SlotMemory(buffer, key)
 
     def connect(self, address: bytes) -> Link:
         if address not in self.hub.nodes:
@@ -97,6 +104,9 @@ class _MemoryLink:
     def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
         if self._is_up():
             asyncio.get_running_loop().call_soon(self._hub.nodes[self._target].deliver_payload, tag, message, done)
+
+    def reach(self, key: bytes) -> memoryview | None:
+        return self._hub.slots.get(key)
 
     def close(self) -> None:
         self._hub = Hub()

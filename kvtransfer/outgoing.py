@@ -99,7 +99,7 @@ class _Flight:
     peer: Peer
     sender: Sender | None
     target: LentSlot
-    num_bytes: int
+    message: memoryview  # empty where the peer's slot was filled in place: a send slot is lent all the same, and bounds a turn
     since: float
     num_tries: int = 1
 
@@ -168,12 +168,17 @@ class Outgoing:
     def fill(self, peer: Peer, target: LentSlot) -> None:
         """Fills a whole slot of a peer with nothing, to measure; from other memory when no slot is free here."""
         slot = self.ring.lend(peer.address.incarnation)
-        buffer = slot.buffer if slot is not None else memoryview(bytearray(self.ring.slot_bytes))
-        length = write_void(buffer, self._incarnation, len(buffer))
+        message = slot.buffer if slot is not None else memoryview(bytearray(self.ring.slot_bytes))
+        write_void(message, self._incarnation, len(message))
+        room = peer.link.reach(target.key)
+        if room is not None:
+            num_bytes = min(len(room), len(message))
+            room[:num_bytes] = message[:num_bytes]
+            message = message[:0]
         if slot is not None:
-            self._post(slot, _Flight(peer, None, target, length, self._clock()))
+            self._post(slot, _Flight(peer, None, target, message, self._clock()))
         else:
-            peer.link.send_payload(slot_tag(target.index, target.generation), buffer, _ignore)
+            peer.link.send_payload(slot_tag(target.index, target.generation), message, _ignore)
 
     def queue(self, piece: _Piece) -> None:
         self._queues.setdefault(piece.sending.peer, deque()).append(piece)
@@ -201,9 +206,11 @@ class Outgoing:
     def _send(self, slot: RingSlot, waiting: _Piece) -> None:
         sending, target, piece = waiting.sending, waiting.target, waiting.piece
         sender, layout = sending.sender, sending.sender.wire_layout
+        room = sending.peer.link.reach(target.key)
+        buffer = slot.buffer if room is None else room
         num_blocks = piece.end - piece.start
         begin, num_bytes = data_offset(num_blocks), num_blocks * layout.block_bytes
-        payload = slot.buffer[begin : begin + num_bytes]
+        payload = buffer[begin : begin + num_bytes]
         has_digest = sender.digest_algorithm == DIGEST_SUM64
         sums = sending.source.pack(piece.start, num_blocks, layout.dtype, payload, digest=has_digest)
         header = PayloadHeader(
@@ -224,16 +231,16 @@ class Outgoing:
             block_bytes=layout.block_bytes,
             payload_bytes=num_bytes,
         )
-        length = write_payload(slot.buffer, self._incarnation, header, bind(header, sums))
+        length = write_payload(buffer, self._incarnation, header, bind(header, sums))
         sender.bytes_sent += num_bytes
-        self._post(slot, _Flight(sending.peer, sender, target, length, self._clock()))
+        message = buffer[:length] if room is None else slot.buffer[:0]
+        self._post(slot, _Flight(sending.peer, sender, target, message, self._clock()))
 
     def _post(self, slot: RingSlot, flight: _Flight) -> None:
-        """Sends the beginning of a send slot."""
         self._in_flight[slot] = flight
         sent: Done = partial(self._sent, slot, flight)
         tag = slot_tag(flight.target.index, flight.target.generation)
-        flight.peer.link.send_payload(tag, slot.buffer[: flight.num_bytes], sent)
+        flight.peer.link.send_payload(tag, flight.message, sent)
 
     def _sent(self, slot: RingSlot, flight: _Flight, exc: Exception | None) -> None:
         if self._in_flight.get(slot) is not flight:  # the peer was lost meanwhile

@@ -19,7 +19,7 @@ from kvtransfer.sender import LentSlot
 from splitfire.v1 import kv_pb2
 
 NUM_ROUND_TRIPS = 100  # enough for a 99th percentile, and 5 ms of an idle pair
-NUM_PAYLOADS = 32
+NUM_PAYLOADS = 16
 WINDOW = 4  # payloads on their way at once
 SHARED_MEMORY, NETWORK, UNKNOWN = "shared memory", "network", "unknown"
 
@@ -73,7 +73,7 @@ class PairMeter:
 
     def on_pong(self, pong: kv_pb2.Pong) -> None:
         for lent in pong.slots.slots:  # whatever run it is of: every slot lent gets a message
-            self._fill(LentSlot(lent.index, lent.generation))
+            self._fill(LentSlot(lent.index, lent.generation, lent.key))
         if pong.run != self._run:
             return
         self.num_pongs += 1
@@ -138,7 +138,7 @@ class _ProbeRun:
         slot = self.host.lend_probe(self.incarnation, self._arrived) if self.num_lent < self.num_payloads else None
         if slot is not None:
             self.num_lent += 1
-            pong.slots.slots.add(index=slot.index, generation=slot.generation, bytes=len(slot.buffer))
+            pong.slots.slots.add(index=slot.index, generation=slot.generation, bytes=len(slot.buffer), key=slot.memory.key)
         self.send(kv_pb2.KvMessage(pong=pong))
 
     def _arrived(self) -> None:

@@ -258,7 +258,7 @@ class Receiver:
         """The agent has a slot for this transfer, and posts a receive in it."""
         self.num_slots_wanted -= 1
         self.lent[(slot.index, slot.generation)] = slot
-        return kv_pb2.Slot(index=slot.index, generation=slot.generation, bytes=len(slot.buffer))
+        return kv_pb2.Slot(index=slot.index, generation=slot.generation, bytes=len(slot.buffer), key=slot.memory.key)
 
     def on_payload(self, slot: RingSlot, payload: Payload | None) -> None:
         """The receive in `slot` completed: with blocks, or (None) with a void. The agent takes the slot back afterwards."""

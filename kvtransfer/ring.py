@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from kvtransfer.transport import SlotMemory
 from splitfire.core.errors import Unavailable
 
 MAX_RETIRED = 64  # of one direction; then the process should drain and start anew
@@ -32,9 +33,13 @@ class RingSlot:
     On the wire it has 32 bits, and begins anew after them."""
 
     index: int
-    buffer: memoryview
+    memory: SlotMemory
     generation: int = 0
     state: SlotState = SlotState.FREE
+
+    @property
+    def buffer(self) -> memoryview:
+        return self.memory.buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ class RingOptions:
 class Ring:
     """The slots of one direction, in a segment for each peer."""
 
-    def __init__(self, options: RingOptions, allocate: Callable[[int], memoryview]) -> None:
+    def __init__(self, options: RingOptions, allocate: Callable[[int], SlotMemory]) -> None:
         self.options = options
         self._allocate = allocate
         self._segments: dict[bytes, Segment] = {}

@@ -45,6 +45,7 @@ class LentSlot:
 
     index: int
     generation: int
+    key: bytes = b""  # by which it may be written where it lies
 
 
 class SenderPort(Protocol):
@@ -199,7 +200,7 @@ class Sender:
 
     def _on_slots(self, slots: kv_pb2.Slots) -> None:
         """Whatever was lent is filled, so that its receive completes; more than was asked for fails the transfer."""
-        lent = [LentSlot(slot.index, slot.generation) for slot in slots.slots]
+        lent = [LentSlot(slot.index, slot.generation, slot.key) for slot in slots.slots]
         for slot in lent:
             if self.state is Send.GRANTED and self._pieces:
                 self._port.send_piece(slot, self._pieces.popleft())

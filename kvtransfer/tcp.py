@@ -22,7 +22,7 @@ from kvtransfer.frames import FrameError
 from kvtransfer.tcp_link import TURN_BYTES, TcpLink, tune
 from kvtransfer.tcp_records import Inbox, RecordParser
 from kvtransfer.tcp_wire import INSTANCE_BYTES, Endpoint, parse_address
-from kvtransfer.transport import Done, Link, OnControl
+from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from splitfire.core import limits
 from splitfire.core.errors import ConfigError
 
@@ -66,8 +66,8 @@ class TcpTransport:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
-    def allocate(self, num_bytes: int) -> memoryview:
-        return memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
+    def allocate(self, num_bytes: int) -> SlotMemory:
+        return SlotMemory(memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)))
 
     def connect(self, address: bytes) -> Link:
         link = TcpLink(parse_address(address), self._links.discard)

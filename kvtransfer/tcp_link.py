@@ -78,6 +78,9 @@ class TcpLink:
             return
         self._post(PAYLOAD, tag, message, done)
 
+    def reach(self, key: bytes) -> memoryview | None:
+        return None
+
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True

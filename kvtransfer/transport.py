@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 Done = Callable[[Exception | None], None]
 OnControl = Callable[[memoryview], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMemory:
+    """Memory of one slot. Who has `key` may reach it from another process of this host (`Link.reach`); empty where nobody can."""
+
+    buffer: memoryview
+    key: bytes = b""
 
 
 class Link(Protocol):
@@ -21,7 +30,11 @@ class Link(Protocol):
         """Queues a control frame."""
 
     def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
-        """Sends to the peer's receive posted with `tag`; `done` is called once the memory may be reused."""
+        """Sends to the peer's receive posted with `tag`; `done` is called once the memory may be reused. An empty message says that
+        the peer's slot was filled where it lies."""
+
+    def reach(self, key: bytes) -> memoryview | None:
+        """The peer's slot with this key, to be written while it is lent to us and not kept; None where it has to be sent."""
 
     def close(self) -> None:
         """Lets go of the peer without waiting for it."""
@@ -41,8 +54,8 @@ class Transport(Protocol):
     def start(self, on_control: OnControl) -> None:
         """Begins to deliver control frames; call on the io thread's running loop."""
 
-    def allocate(self, num_bytes: int) -> memoryview:
-        """Memory for slots, aligned to 64 bytes, registered if that helps."""
+    def allocate(self, num_bytes: int) -> SlotMemory:
+        """Memory for a slot, aligned to 64 bytes, registered if that helps."""
 
     def connect(self, address: bytes) -> Link: ...
 

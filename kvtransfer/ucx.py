@@ -11,7 +11,6 @@ Runs on the io thread: progress when UCX's file descriptor is readable, and arme
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 import secrets
 import struct
@@ -26,7 +25,7 @@ import numpy as np
 import structlog
 
 from kvtransfer.frames import MAX_FRAME_BYTES
-from kvtransfer.transport import Done, Link, OnControl
+from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from splitfire.core.errors import ConfigError, Unavailable
 
 for _name, _value in {
@@ -40,11 +39,14 @@ for _name, _value in {
 from ucxx._lib import libucxx  # noqa: E402
 from ucxx._lib.arr import Array  # noqa: E402
 
+from kvtransfer.ucx_memory import OwnMemory, PeerMemory  # noqa: E402  libucp is loaded now
+
 log = structlog.get_logger("worker")
 _ADDRESS = struct.Struct("<3sBB8s")  # magic, UCX major and minor version, checksum; UCX's own address follows
 CONTROL_KIND, PAYLOAD_KIND = 1 << 56, 2 << 56  # beside it: the id of the link, or the slot's tag
 KIND_MASK = 0xFF << 56
 ANY_CONTROL, KIND_TAG_MASK = libucxx.UCXXTag(CONTROL_KIND), libucxx.UCXXTagMask(KIND_MASK)
+_FEATURES = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP, libucxx.Feature.RMA)
 ROUNDS_PER_TURN = 64  # of progress, before the event loop gets its turn
 BUSY_S = 0.001  # until the next turn when a whole one moved nothing and UCX would not be armed
 
@@ -76,7 +78,7 @@ class UcxTransport:
         _check_devices(devices)
         options = {"NET_DEVICES": devices} if devices else {}
         try:
-            self._context = libucxx.UCXContext(options, feature_flags=(libucxx.Feature.TAG, libucxx.Feature.WAKEUP))
+            self._context = libucxx.UCXContext(options, feature_flags=_FEATURES)
             self._worker = libucxx.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
             self._worker.init_blocking_progress_mode()
         except libucxx.UCXError as exc:
@@ -86,6 +88,8 @@ class UcxTransport:
         self.dropped: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_control: OnControl | None = None
+        self._own_memory = OwnMemory(self._context)
+        self._peer_memories: list[PeerMemory] = []
         self._operations: list[_Operation] = []
         self._arriving: dict[int, deque[_Arriving]] = {}  # by link, in the order of its sends
         self._parked: list[Any] = []
@@ -98,8 +102,8 @@ class UcxTransport:
         self._loop.add_reader(self._worker.epoll_file_descriptor, self._turn)
         self._turn()
 
-    def allocate(self, num_bytes: int) -> memoryview:
-        return memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
+    def allocate(self, num_bytes: int) -> SlotMemory:
+        return self._own_memory.allocate(num_bytes)
 
     def connect(self, address: bytes) -> Link:
         raw = _unseal(address)
@@ -109,7 +113,9 @@ class UcxTransport:
         except (libucxx.UCXError, ValueError) as exc:
             message = f"UCX cannot reach the peer: {exc}; are both workers' --ucx-devices on one network?"
             raise Unavailable(message, reason="handoff_unreachable") from exc
-        return _UcxLink(self, endpoint)
+        memory = PeerMemory(endpoint)
+        self._peer_memories.append(memory)
+        return _UcxLink(self, endpoint, memory)
 
     def receive(self, tag: int, buffer: memoryview, done: Done) -> None:
         array = Array(np.frombuffer(buffer, np.uint8))
@@ -126,10 +132,15 @@ class UcxTransport:
             self._retry.cancel()
             self._retry = None
         self._operations.clear()
+        while self._peer_memories:
+            self._peer_memories.pop().close()
 
-    def park(self, endpoint: Any) -> None:
+    def park(self, endpoint: Any, memory: PeerMemory) -> None:
         """Keeps an endpoint we are done with: closing one whose peer died has been seen to block for ever."""
         self._parked.append(endpoint)
+        if memory in self._peer_memories:
+            self._peer_memories.remove(memory)
+            memory.close()
 
     def began(self, request: Any, buffer: Any, done: Done) -> None:
         """An operation was posted: watch it, and let UCX make progress soon."""
@@ -157,7 +168,7 @@ class UcxTransport:
             self._worker.progress()
             has_moved = self._complete_operations()
             has_moved |= self._receive_control()
-            if not has_moved and self._worker.arm():
+            if not self._is_kicked and self._worker.arm():
                 return
             is_fruitful |= has_moved
         if is_fruitful:
@@ -258,9 +269,10 @@ def _check_devices(devices: str | None) -> None:
 
 
 class _UcxLink:
-    def __init__(self, transport: UcxTransport, endpoint: Any) -> None:
+    def __init__(self, transport: UcxTransport, endpoint: Any, memory: PeerMemory) -> None:
         self._transport = transport
         self._endpoint = endpoint
+        self._memory = memory
         self._control_tag = libucxx.UCXXTag(CONTROL_KIND | secrets.randbits(56))  # tells the receiver which frames are in one order
 
     def send_control(self, frame: bytes) -> None:
@@ -273,8 +285,11 @@ class _UcxLink:
         array = Array(np.frombuffer(message, np.uint8))
         self._transport.began(self._endpoint.tag_send(array, libucxx.UCXXTag(PAYLOAD_KIND | tag)), array, done)
 
+    def reach(self, key: bytes) -> memoryview | None:
+        return self._memory.view(key) if key else None
+
     def close(self) -> None:
-        self._transport.park(self._endpoint)
+        self._transport.park(self._endpoint, self._memory)
 
 
 def _ignore(_exc: Exception | None) -> None:

@@ -15,7 +15,7 @@ from benchmarks.transfer.ends import two_ends
 from benchmarks.transfer.rounds import Compared, Measure, Ours, gigabytes_per_s, interleave
 
 WINDOWS = ((1, 8), (2, 4), (4, 2))  # MiB of a message and how many are on their way: 8 MiB of slots at each end
-WHOLE_BLOCKS_AT_ONCE = 64
+SLOTS = (4 * MIB, 4)  # a worker's own
 MEMCPY = "one memcpy"
 PATHS = (
     # dtype, digest, the most it may take in memcpys
@@ -36,16 +36,20 @@ PARTS = {
 
 
 def wire(ours: Ours, num_rounds: int) -> list[Row]:
-    """The transport alone, between slots that are used again and again."""
+    """The transport alone, between slots that are used again and again: written where they lie, and sent."""
     measures: dict[str, Measure] = {}
-    for mib, window in WINDOWS:
-        measures[f"wire, {mib} MiB messages, {window} at once"] = partial(ours.wire, "slots", mib * MIB, window)
-        measures[f"memcpy beside {mib}"] = ours.memcpy
+    cases = {
+        f"wire, {mib} MiB messages, {window} at once, {'in place' if in_place else 'sent'}": (mib * MIB, window, in_place)
+        for in_place in (True, False)
+        for mib, window in WINDOWS
+    }
+    for case, args in cases.items():
+        measures[case] = partial(ours.wire, "slots", *args)
+        measures[f"memcpy beside {case}"] = ours.memcpy
     taken = interleave(measures, num_rounds)
     rows = []
-    for mib, window in WINDOWS:
-        case = f"wire, {mib} MiB messages, {window} at once"
-        compared = Compared(case, taken[case], taken[f"memcpy beside {mib}"], MEMCPY)
+    for case in cases:
+        compared = Compared(case, taken[case], taken[f"memcpy beside {case}"], MEMCPY)
         rows += [gigabytes_per_s(case, taken[case]), compared.row("time of 47 MB", "at least 0.65 of a memcpy's speed", 0.65)]
     return rows
 
@@ -55,10 +59,7 @@ def against_nixl(ours: Ours, cores: Sequence[int], num_rounds: int) -> list[Row]
     if reason := nixl.why_not():
         return [Row("against NIXL", f"skipped: {reason}", "", 0.0, None, "", None, "at least as fast as NIXL", None, 0.0)]
     packed = Path("compiled", "bf16", digest=False)
-    moves: dict[Shape, Measure] = {
-        BLOCKS: partial(ours.wire, "blocks", WHOLE_BLOCKS_AT_ONCE),
-        PIECES: partial(ours.wire, "packed", PIECES.name, 2 * MIB, 4, packed),
-    }
+    moves: dict[Shape, Measure] = {shape: partial(ours.wire, "packed", shape.name, *SLOTS, packed) for shape in (BLOCKS, PIECES)}
     rows = []
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(nixl.nixl_pair(setting, cores)) for setting in nixl.SETTINGS]

@@ -1,4 +1,4 @@
-"""What the wire carries, three ways: bytes of ring slots, blocks straight between pools, blocks packed into slots."""
+"""What the wire carries: bytes of ring slots and nothing else, or blocks packed into slots and scattered from them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.transfer import ops
 from benchmarks.transfer.cases import SHIPMENT_BYTES, Path
+from kvtransfer.transport import SlotMemory
 from splitfire.engine.pool import KvPool
 
 
@@ -18,10 +19,11 @@ def bytes_of(pool: KvPool) -> np.ndarray:
 class SlotBytes:
     """Whatever lies in the slots, SHIPMENT_BYTES of it: the wire and nothing else."""
 
-    def __init__(self, slots: list[memoryview]) -> None:
+    def __init__(self, slots: list[SlotMemory], *, in_place: bool) -> None:
         self.num_slots = len(slots)
-        self._slots = slots
-        self._slot_bytes = len(slots[0])
+        self._slots = [slot.buffer for slot in slots]
+        self._keys = [slot.key if in_place else b"" for slot in slots]
+        self._slot_bytes = len(self._slots[0])
         self.num_messages = -(-SHIPMENT_BYTES // self._slot_bytes)
 
     def message(self, number: int, slot: int) -> memoryview:
@@ -29,22 +31,12 @@ class SlotBytes:
 
     room = message
 
-    def arrived(self, number: int, slot: int) -> None:
-        pass
+    def write(self, number: int, room: memoryview) -> None:
+        message = self.message(number, number % self.num_slots)
+        room[: len(message)] = message
 
-
-class WholeBlocks:
-    """A message a block, from pool to pool: no slot, no copy."""
-
-    def __init__(self, pool: KvPool, ids: list[int], num_slots: int) -> None:
-        self.num_messages = len(ids)
-        self.num_slots = num_slots
-        self._blocks = [memoryview(bytes_of(pool)[i]) for i in ids]
-
-    def message(self, number: int, slot: int) -> memoryview:
-        return self._blocks[number]
-
-    room = message
+    def key(self, slot: int) -> bytes:
+        return self._keys[slot]
 
     def arrived(self, number: int, slot: int) -> None:
         pass
@@ -53,27 +45,32 @@ class WholeBlocks:
 class PackedBlocks:
     """As many blocks a message as a slot holds, gathered before it goes and scattered when it came."""
 
-    def __init__(self, pool: KvPool, ids: list[int], slots: list[memoryview], path: Path) -> None:
+    def __init__(self, pool: KvPool, ids: list[int], slots: list[SlotMemory], path: Path) -> None:
         self._pool = pool
         self._path = path
-        self._slots = [torch.frombuffer(slot, dtype=torch.uint8) for slot in slots]
-        self._views = slots
+        self._slots = slots
         self.num_slots = len(slots)
         self._block_bytes = pool.layout.block_bytes
-        per_message = len(slots[0]) // self._block_bytes
+        per_message = len(slots[0].buffer) // self._block_bytes
         self._batches = [ids[i : i + per_message] for i in range(0, len(ids), per_message)]
         self.num_messages = len(self._batches)
 
     def message(self, number: int, slot: int) -> memoryview:
+        self.write(number, self._slots[slot].buffer)
+        return self.room(number, slot)
+
+    def write(self, number: int, room: memoryview) -> None:
         ids = self._batches[number]
-        num_bytes = len(ids) * self._block_bytes
-        ops.pack(self._path.ops, self._pool, ids, self._path.dtype, self._slots[slot][:num_bytes], digest=self._path.digest)
-        return self._views[slot][:num_bytes]
+        payload = torch.frombuffer(room[: len(ids) * self._block_bytes], dtype=torch.uint8)
+        ops.pack(self._path.ops, self._pool, ids, self._path.dtype, payload, digest=self._path.digest)
 
     def room(self, number: int, slot: int) -> memoryview:
-        return self._views[slot][: len(self._batches[number]) * self._block_bytes]
+        return self._slots[slot].buffer[: len(self._batches[number]) * self._block_bytes]
+
+    def key(self, slot: int) -> bytes:
+        return self._slots[slot].key
 
     def arrived(self, number: int, slot: int) -> None:
         ids = self._batches[number]
-        payload = self._slots[slot][: len(ids) * self._block_bytes]
+        payload = torch.frombuffer(self.room(number, slot), dtype=torch.uint8)
         ops.unpack(self._path.ops, self._pool, ids, payload, digest=self._path.digest)

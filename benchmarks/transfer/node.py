@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.transfer.boxes import PackedBlocks, SlotBytes, WholeBlocks, bytes_of
+from benchmarks.transfer.boxes import PackedBlocks, SlotBytes, bytes_of
 from benchmarks.transfer.cases import BLOCKS, SHAPES, SHIPMENT_BYTES, Path, Shape
 from benchmarks.transfer.path import PathEnd, PoolSink, PoolSource
 from benchmarks.transfer.timers import Timers
 from benchmarks.transfer.wire import Wire
 from kvtransfer.agent import AgentOptions
 from kvtransfer.peers import PeerAddress
+from kvtransfer.transport import SlotMemory
 from splitfire.engine.kernels.pack import block_sums
 from splitfire.engine.pool import KvPool
 
-RINGS = AgentOptions(send_slots=4, receive_slots=8, slot_bytes=2 << 20)  # a worker's own
+RINGS = AgentOptions(send_slots=2, receive_slots=4, slot_bytes=4 << 20)  # a worker's own
 SEEDS = {"sending": 1, "receiving": 2}
 
 
@@ -52,17 +53,11 @@ class Node:
 
     # -- the wire
 
-    async def send_slots(self, run: int, slot_bytes: int, num_slots: int) -> float:
-        return await self._wire.send(run, SlotBytes(self._slots(slot_bytes, num_slots)))
+    async def send_slots(self, run: int, slot_bytes: int, num_slots: int, in_place: bool) -> float:
+        return await self._wire.send(run, SlotBytes(self._slots(slot_bytes, num_slots), in_place=in_place))
 
-    async def receive_slots(self, run: int, slot_bytes: int, num_slots: int) -> float:
-        return await self._wire.receive(run, SlotBytes(self._slots(slot_bytes, num_slots)))
-
-    async def send_blocks(self, run: int, num_slots: int) -> float:
-        return await self._wire.send(run, WholeBlocks(self._pool(BLOCKS.name, "bf16"), self._ids(BLOCKS), num_slots))
-
-    async def receive_blocks(self, run: int, num_slots: int) -> float:
-        return await self._wire.receive(run, WholeBlocks(self._pool(BLOCKS.name, "bf16"), self._ids(BLOCKS), num_slots))
+    async def receive_slots(self, run: int, slot_bytes: int, num_slots: int, in_place: bool) -> float:
+        return await self._wire.receive(run, SlotBytes(self._slots(slot_bytes, num_slots), in_place=in_place))
 
     async def send_packed(self, run: int, shape: str, slot_bytes: int, num_slots: int, path: Path) -> float:
         box = PackedBlocks(self._pool(shape, "bf16"), self._ids(SHAPES[shape]), self._slots(slot_bytes, num_slots), path)
@@ -134,5 +129,5 @@ class Node:
         return pool
 
     @cache  # noqa: B019
-    def _slots(self, slot_bytes: int, num_slots: int) -> list[memoryview]:
+    def _slots(self, slot_bytes: int, num_slots: int) -> list[SlotMemory]:
         return [self._wire.transport.allocate(slot_bytes) for _ in range(num_slots)]

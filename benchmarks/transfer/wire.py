@@ -1,6 +1,7 @@
 """The transport alone: one shipment as numbered messages, a window of receives posted ahead, slots used again and again.
 
-The receiver tells how many receives it has posted (as lending a slot does), and the sender never runs ahead of that.
+The receiver tells of each receive it has posted (as lending a slot does), and the sender never runs ahead of that. Where it also
+tells the key of the slot, the message is made there; else it is sent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 from kvtransfer.transport import Link, slot_tag
 from kvtransfer.ucx import UcxTransport
 
-_POSTED = struct.Struct("<II")  # run, receives posted so far in it
+_POSTED = struct.Struct("<II")  # run, number of the message a receive is posted for; the slot's key follows
 
 
 class Outbox(Protocol):
@@ -27,6 +28,9 @@ class Outbox(Protocol):
     def message(self, number: int, slot: int) -> memoryview:
         """The bytes, made in send slot `slot` or lying where they are."""
 
+    def write(self, number: int, room: memoryview) -> None:
+        """Makes them in the receiver's slot."""
+
 
 class Inbox(Protocol):
     """Where it goes."""
@@ -36,6 +40,9 @@ class Inbox(Protocol):
 
     def room(self, number: int, slot: int) -> memoryview:
         """Memory for one message; the slot's memory is free again."""
+
+    def key(self, slot: int) -> bytes:
+        """By which the sender may write there; empty where it shall send."""
 
     def arrived(self, number: int, slot: int) -> None:
         """The message is in its room."""
@@ -48,15 +55,15 @@ class Wire:
         self.transport = UcxTransport("lo")
         self.transport.start(self._on_control)
         self._link: Link | None = None
-        self._posted: dict[int, int] = {}  # by run
+        self._posted: dict[int, dict[int, bytes]] = {}  # keys by run and number
         self._pump: Callable[[], None] = lambda: None
 
     def meet(self, address: bytes) -> None:
         self._link = self.transport.connect(address)
 
     def _on_control(self, frame: memoryview) -> None:
-        run, posted = _POSTED.unpack(frame)
-        self._posted[run] = posted
+        run, number = _POSTED.unpack_from(frame)
+        self._posted.setdefault(run, {})[number] = bytes(frame[_POSTED.size :])
         self._pump()
 
     async def send(self, run: int, outbox: Outbox) -> float:
@@ -66,12 +73,17 @@ class Wire:
 
         def pump() -> None:
             nonlocal num_sent, began
-            may_send = min(self._posted.get(run, 0), outbox.num_messages)
-            if may_send and not began:
+            posted = self._posted.get(run, {})
+            if posted and not began:
                 began = time.perf_counter()
-            while free and num_sent < may_send:
+            while free and num_sent in posted:
                 slot = free.popleft()
-                message = outbox.message(num_sent, slot)
+                room = link.reach(posted[num_sent])
+                if room is None:
+                    message = outbox.message(num_sent, slot)
+                else:
+                    outbox.write(num_sent, room)
+                    message = room[:0]
                 link.send_payload(slot_tag(num_sent, run), message, lambda exc, slot=slot: sent(exc, slot))  # type: ignore[misc]
                 num_sent += 1
 
@@ -100,9 +112,7 @@ class Wire:
             number = num_posted
             num_posted += 1
             self.transport.receive(slot_tag(number, run), inbox.room(number, slot), lambda exc: arrived(exc, number, slot))
-
-        def tell() -> None:
-            link.send_control(_POSTED.pack(run, num_posted))
+            link.send_control(_POSTED.pack(run, number) + inbox.key(slot))
 
         def arrived(exc: Exception | None, number: int, slot: int) -> None:
             nonlocal num_arrived, ended
@@ -111,13 +121,11 @@ class Wire:
             num_arrived += 1
             if num_posted < inbox.num_messages:
                 post(slot)
-                tell()
             elif num_arrived == inbox.num_messages:
                 ended = time.perf_counter()
                 done.set()
 
         for slot in range(min(inbox.num_slots, inbox.num_messages)):
             post(slot)
-        tell()
         await done.wait()
         return ended

@@ -13,7 +13,7 @@ from splitfire.core.machine import SHM, UNLIMITED, MachineFacts
 SHARED_MEMORY, NETWORK = "shared memory", "network"
 MIB = 1 << 20
 MIN_SHM_FREE = 32 * MIB  # UCX's queues and the pieces it copies through; a fleet of a few workers
-MIN_MEMLOCK = 64 * MIB  # with RDMA the rings are locked: 12 MiB a peer by default
+MIN_MEMLOCK = 64 * MIB  # with RDMA the rings are locked: 24 MiB a peer by default
 SLOW_BYTES_PER_S = 125e6  # a gigabit Ethernet; less makes a hand-off longer than computing most prompts
 LOW_RATIO = 0.05  # of memcpy, over shared memory
 STALE_S = 10.0  # what is older was not measured when asked

@@ -26,7 +26,7 @@ from splitfire.v1 import fleet_pb2 as splitfire_dot_v1_dot_fleet__pb2
 from splitfire.v1 import inference_pb2 as splitfire_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15splitfire/v1/kv.proto\x12\x0csplitfire.v1\x1a\x18splitfire/v1/fleet.proto\x1a\x1csplitfire/v1/inference.proto\"\xcf\x04\n\tKvMessage\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12$\n\x05offer\x18\x02 \x01(\x0b\x32\x13.splitfire.v1.OfferH\x00\x12$\n\x05grant\x18\x03 \x01(\x0b\x32\x13.splitfire.v1.GrantH\x00\x12\"\n\x04wait\x18\x04 \x01(\x0b\x32\x12.splitfire.v1.WaitH\x00\x12&\n\x06refuse\x18\x05 \x01(\x0b\x32\x14.splitfire.v1.RefuseH\x00\x12&\n\x06revoke\x18\x06 \x01(\x0b\x32\x14.splitfire.v1.RevokeH\x00\x12\"\n\x04want\x18\x07 \x01(\x0b\x32\x12.splitfire.v1.WantH\x00\x12$\n\x05slots\x18\x08 \x01(\x0b\x32\x13.splitfire.v1.SlotsH\x00\x12&\n\x06\x63ommit\x18\t \x01(\x0b\x32\x14.splitfire.v1.CommitH\x00\x12*\n\x08received\x18\n \x01(\x0b\x32\x16.splitfire.v1.ReceivedH\x00\x12/\n\x08redirect\x18\x0b \x01(\x0b\x32\x1b.splitfire.v1.RedirectOfferH\x00\x12$\n\x05\x61\x62ort\x18\x0c \x01(\x0b\x32\x13.splitfire.v1.AbortH\x00\x12(\n\x07stopped\x18\r \x01(\x0b\x32\x15.splitfire.v1.StoppedH\x00\x12\"\n\x04ping\x18\x0e \x01(\x0b\x32\x12.splitfire.v1.PingH\x00\x12\"\n\x04pong\x18\x0f \x01(\x0b\x32\x12.splitfire.v1.PongH\x00\x42\x06\n\x04\x62ody\"~\n\x05Offer\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12)\n\tkv_format\x18\x04 \x01(\x0b\x32\x16.splitfire.v1.KvFormat\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"u\n\x05Grant\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12)\n\tkv_format\x18\x02 \x01(\x0b\x32\x16.splitfire.v1.KvFormat\x12\x12\n\nslot_bytes\x18\x03 \x01(\r\x12\x18\n\x10\x64igest_algorithm\x18\x04 \x01(\r\"\x16\n\x04Wait\x12\x0e\n\x06reason\x18\x01 \x01(\t\".\n\x06Refuse\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x14\n\x0cis_retryable\x18\x02 \x01(\x08\"\x18\n\x06Revoke\x12\x0e\n\x06reason\x18\x01 \x01(\t\"(\n\x04Want\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x11\n\tnum_slots\x18\x02 \x01(\r\"*\n\x05Slots\x12!\n\x05slots\x18\x01 \x03(\x0b\x32\x12.splitfire.v1.Slot\"8\n\x04Slot\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\r\"L\n\x06\x43ommit\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12.\n\x0c\x66irst_tokens\x18\x02 \x03(\x0b\x32\x18.splitfire.v1.FirstToken\"m\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12-\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1b.splitfire.v1.TokenLogprobs\"\n\n\x08Received\"\x1f\n\rRedirectOffer\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\t\n\x07Stopped\";\n\x04Ping\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x14\n\x0cnum_payloads\x18\x02 \x01(\r\x12\x0b\n\x03run\x18\x03 \x01(\r\"^\n\x04Pong\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bnum_arrived\x18\x02 \x01(\r\x12\"\n\x05slots\x18\x03 \x01(\x0b\x32\x13.splitfire.v1.Slots\x12\x0b\n\x03run\x18\x04 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15splitfire/v1/kv.proto\x12\x0csplitfire.v1\x1a\x18splitfire/v1/fleet.proto\x1a\x1csplitfire/v1/inference.proto\"\xcf\x04\n\tKvMessage\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12$\n\x05offer\x18\x02 \x01(\x0b\x32\x13.splitfire.v1.OfferH\x00\x12$\n\x05grant\x18\x03 \x01(\x0b\x32\x13.splitfire.v1.GrantH\x00\x12\"\n\x04wait\x18\x04 \x01(\x0b\x32\x12.splitfire.v1.WaitH\x00\x12&\n\x06refuse\x18\x05 \x01(\x0b\x32\x14.splitfire.v1.RefuseH\x00\x12&\n\x06revoke\x18\x06 \x01(\x0b\x32\x14.splitfire.v1.RevokeH\x00\x12\"\n\x04want\x18\x07 \x01(\x0b\x32\x12.splitfire.v1.WantH\x00\x12$\n\x05slots\x18\x08 \x01(\x0b\x32\x13.splitfire.v1.SlotsH\x00\x12&\n\x06\x63ommit\x18\t \x01(\x0b\x32\x14.splitfire.v1.CommitH\x00\x12*\n\x08received\x18\n \x01(\x0b\x32\x16.splitfire.v1.ReceivedH\x00\x12/\n\x08redirect\x18\x0b \x01(\x0b\x32\x1b.splitfire.v1.RedirectOfferH\x00\x12$\n\x05\x61\x62ort\x18\x0c \x01(\x0b\x32\x13.splitfire.v1.AbortH\x00\x12(\n\x07stopped\x18\r \x01(\x0b\x32\x15.splitfire.v1.StoppedH\x00\x12\"\n\x04ping\x18\x0e \x01(\x0b\x32\x12.splitfire.v1.PingH\x00\x12\"\n\x04pong\x18\x0f \x01(\x0b\x32\x12.splitfire.v1.PongH\x00\x42\x06\n\x04\x62ody\"~\n\x05Offer\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12)\n\tkv_format\x18\x04 \x01(\x0b\x32\x16.splitfire.v1.KvFormat\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"u\n\x05Grant\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12)\n\tkv_format\x18\x02 \x01(\x0b\x32\x16.splitfire.v1.KvFormat\x12\x12\n\nslot_bytes\x18\x03 \x01(\r\x12\x18\n\x10\x64igest_algorithm\x18\x04 \x01(\r\"\x16\n\x04Wait\x12\x0e\n\x06reason\x18\x01 \x01(\t\".\n\x06Refuse\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x14\n\x0cis_retryable\x18\x02 \x01(\x08\"\x18\n\x06Revoke\x12\x0e\n\x06reason\x18\x01 \x01(\t\"(\n\x04Want\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x11\n\tnum_slots\x18\x02 \x01(\r\"*\n\x05Slots\x12!\n\x05slots\x18\x01 \x03(\x0b\x32\x12.splitfire.v1.Slot\"E\n\x04Slot\x12\r\n\x05index\x18\x01 \x01(\r\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\r\n\x05\x62ytes\x18\x03 \x01(\r\x12\x0b\n\x03key\x18\x04 \x01(\x0c\"L\n\x06\x43ommit\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12.\n\x0c\x66irst_tokens\x18\x02 \x03(\x0b\x32\x18.splitfire.v1.FirstToken\"m\n\nFirstToken\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12-\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1b.splitfire.v1.TokenLogprobs\"\n\n\x08Received\"\x1f\n\rRedirectOffer\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\t\n\x07Stopped\";\n\x04Ping\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x14\n\x0cnum_payloads\x18\x02 \x01(\r\x12\x0b\n\x03run\x18\x03 \x01(\r\"^\n\x04Pong\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bnum_arrived\x18\x02 \x01(\r\x12\"\n\x05slots\x18\x03 \x01(\x0b\x32\x13.splitfire.v1.Slots\x12\x0b\n\x03run\x18\x04 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,21 +50,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLOTS']._serialized_start=1076
   _globals['_SLOTS']._serialized_end=1118
   _globals['_SLOT']._serialized_start=1120
-  _globals['_SLOT']._serialized_end=1176
-  _globals['_COMMIT']._serialized_start=1178
-  _globals['_COMMIT']._serialized_end=1254
-  _globals['_FIRSTTOKEN']._serialized_start=1256
-  _globals['_FIRSTTOKEN']._serialized_end=1365
-  _globals['_RECEIVED']._serialized_start=1367
-  _globals['_RECEIVED']._serialized_end=1377
-  _globals['_REDIRECTOFFER']._serialized_start=1379
-  _globals['_REDIRECTOFFER']._serialized_end=1410
-  _globals['_ABORT']._serialized_start=1412
-  _globals['_ABORT']._serialized_end=1435
-  _globals['_STOPPED']._serialized_start=1437
-  _globals['_STOPPED']._serialized_end=1446
-  _globals['_PING']._serialized_start=1448
-  _globals['_PING']._serialized_end=1507
-  _globals['_PONG']._serialized_start=1509
-  _globals['_PONG']._serialized_end=1603
+  _globals['_SLOT']._serialized_end=1189
+  _globals['_COMMIT']._serialized_start=1191
+  _globals['_COMMIT']._serialized_end=1267
+  _globals['_FIRSTTOKEN']._serialized_start=1269
+  _globals['_FIRSTTOKEN']._serialized_end=1378
+  _globals['_RECEIVED']._serialized_start=1380
+  _globals['_RECEIVED']._serialized_end=1390
+  _globals['_REDIRECTOFFER']._serialized_start=1392
+  _globals['_REDIRECTOFFER']._serialized_end=1423
+  _globals['_ABORT']._serialized_start=1425
+  _globals['_ABORT']._serialized_end=1448
+  _globals['_STOPPED']._serialized_start=1450
+  _globals['_STOPPED']._serialized_end=1459
+  _globals['_PING']._serialized_start=1461
+  _globals['_PING']._serialized_end=1520
+  _globals['_PONG']._serialized_start=1522
+  _globals['_PONG']._serialized_end=1616
 # @@protoc_insertion_point(module_scope)

@@ -296,19 +296,25 @@ class Slot(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     generation: _builtins.int
     bytes: _builtins.int
+    key: _builtins.bytes
+    """By which the sender may write into the slot where it lies, when both are processes of one host; empty where it has to be
+    sent. Opaque; at most 256 bytes.
+    """
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         generation: _builtins.int = ...,
         bytes: _builtins.int = ...,
+        key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "generation", b"generation", "index", b"index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "generation", b"generation", "index", b"index", "key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

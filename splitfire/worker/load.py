@@ -72,6 +72,12 @@ class LoadReporter:
             feed.pairs[pair.peer.incarnation] = pair
         self.report_now()
 
+    def repeat_pair(self, incarnation: bytes) -> None:
+        """A router may have come to know the peer after it was told of the pair, and then forgot what it was told."""
+        pair = self._pairs.get(incarnation)
+        if pair is not None:
+            self.add_pair(pair)
+
     def forget(self, incarnation: bytes) -> None:
         """The peer is gone, so its pair says nothing any more."""
         self._pairs.pop(incarnation, None)

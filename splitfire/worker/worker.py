@@ -277,6 +277,7 @@ class Worker:
             return
         if self.settings.role == "prefill":
             self._measurer.meet(address, is_same_host=peer.host == host_id())
+            self._reporter.repeat_pair(address.incarnation)
 
     def _part(self, incarnation: bytes) -> None:
         self._measurer.part(incarnation)

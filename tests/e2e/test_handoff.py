@@ -262,21 +262,20 @@ def test_kill_decode_mid_stream(stage: Stage, tokens: int) -> None:
     stage.ends_well(asked, seconds=PEER_DIED_S)
 
 
-def test_restart_same_address_new_incarnation(stage: Stage) -> None:
-    """F19: both ends of a pair, under the names they had."""
-    pair = stage.pair()
-    before = [stage.fleet.worker(name).incarnation for name in (pair.prefill, pair.decode)]
-    for name in (pair.prefill, pair.decode):
-        stage.fleet.process(name).kill()
-    until(lambda: not set(before) & {w.incarnation for w in stage.fleet.status().workers})
-    stage.wait(3)
-    found = stage.pair()
-    while (found.prefill, found.decode) != (pair.prefill, pair.decode):  # drawn among equals
+def test_restart_same_address_new_incarnation() -> None:
+    """F19: both ends of the only pair, under the names they had."""
+    with start_fleet("pico", prefill=1, decode=1, worker=SLOW_RING) as fleet:
+        stage = Stage(fleet)
+        pair = stage.pair()
+        before = [fleet.worker(name).incarnation for name in (pair.prefill, pair.decode)]
+        for name in (pair.prefill, pair.decode):
+            fleet.process(name).kill()
+        until(lambda: not set(before) & {w.incarnation for w in fleet.status().workers})
         found = stage.pair()
-    asked = Asked(stage.fleet, stage.short(found, 5))
-    stage.ends_well(asked, seconds=ALL_LIVE_S)
-    assert asked.summary.kv_transfer.bytes > 0 and stage.tries(asked) == (0, 0)
-    assert (worker_of(asked.summary, "prefill"), worker_of(asked.summary, "decode")) == (pair.prefill, pair.decode)
+        asked = Asked(fleet, stage.short(found, 5))
+        stage.ends_well(asked, seconds=ALL_LIVE_S)
+        assert asked.summary.kv_transfer.bytes > 0 and stage.tries(asked) == (0, 0)
+        assert (found.prefill, found.decode) == (pair.prefill, pair.decode)
 
 
 # -- a worker freezes, and comes back

@@ -11,6 +11,8 @@ from structlog.testing import capture_logs
 
 from tests.model.simulator import Simulation, SimWorker, WorkerPlan
 
+IN_PLACE = True  # how payloads go; conftest.py runs every test both ways
+
 
 @asynccontextmanager
 async def fleet(
@@ -18,7 +20,7 @@ async def fleet(
 ) -> AsyncIterator[Simulation]:
     """What a boundary of failure had to catch is a bug, whatever became of the request: no test here may leave one behind."""
     with capture_logs() as logs:
-        sim = Simulation(seed)
+        sim = Simulation(seed, in_place=IN_PLACE)
         sim.start(prefill, decode)
         await asyncio.sleep(0.05)  # everybody has met
         try:

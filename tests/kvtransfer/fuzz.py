@@ -29,7 +29,7 @@ from kvtransfer.protocol import Recv, Send
 from kvtransfer.receiver import Expectation, Receiver
 from kvtransfer.ring import Ring, RingOptions, RingSlot
 from kvtransfer.sender import LentSlot, Outcome, Piece, Sender, Shipment
-from kvtransfer.transport import Done, Link, OnControl, slot_tag
+from kvtransfer.transport import Done, Link, OnControl, SlotMemory, slot_tag
 from splitfire.core.layout import KvLayout
 from splitfire.core.limits import MAX_CONTROL_BYTES
 from splitfire.core.wire import layout_to_wire
@@ -211,8 +211,8 @@ class Node:
     def start(self, on_control: OnControl) -> None:
         self.on_control = on_control
 
-    def allocate(self, num_bytes: int) -> memoryview:
-        return memoryview(bytearray(num_bytes))
+    def allocate(self, num_bytes: int) -> SlotMemory:
+        return SlotMemory(memoryview(bytearray(num_bytes)))
 
     def connect(self, address: bytes) -> Link:
         return _Link(self.network, self.network.nodes[address])
@@ -252,6 +252,9 @@ class _Link:
 
     def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
         self._network.calls.append(lambda: self._target.fill(tag, bytes(message), done))
+
+    def reach(self, key: bytes) -> memoryview | None:
+        return None
 
     def close(self) -> None: ...
 
@@ -466,7 +469,7 @@ class HostileSender(RuleBasedStateMachine):
         self.sink = FakeSink(1)
         self.num_finished = 0
         self.patience = 0
-        self.ring = Ring(RingOptions(4, SLOT_BYTES, 1), lambda size: memoryview(bytearray(size)))
+        self.ring = Ring(RingOptions(4, SLOT_BYTES, 1), lambda size: SlotMemory(memoryview(bytearray(size))))
         self.segment = self.ring.segment(b"peer")
         expectation = Expectation(INCOMING, TOKEN, b"h" * 16, NUM_TOKENS, LAYOUT, FINGERPRINT[:8])
         self.receiver = Receiver(expectation, self.sink, self, SLOT_BYTES, lambda: 0.0)

@@ -35,7 +35,7 @@ class Node:
 
     def slot(self, num_bytes: int) -> memoryview:
         """Memory in which every byte that is written shows."""
-        slot = self.transport.allocate(num_bytes)
+        slot = self.transport.allocate(num_bytes).buffer
         slot[:] = bytes([SENTINEL]) * num_bytes
         return slot
 

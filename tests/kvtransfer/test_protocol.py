@@ -8,6 +8,7 @@ import pytest
 
 from kvtransfer.protocol import RECEIVER, SENDER, Recv, RecvEvent, Send, SendEvent, describe
 from kvtransfer.ring import MAX_RETIRED, Ring, RingOptions, SlotState
+from kvtransfer.transport import SlotMemory
 from splitfire.core.errors import Unavailable
 from splitfire.core.lifecycle import IllegalTransition, advance
 
@@ -38,7 +39,7 @@ def test_nothing_follows_an_end() -> None:
 
 
 def make_ring(slots_per_peer: int, max_peers: int = 2) -> Ring:
-    return Ring(RingOptions(slots_per_peer, 64, max_peers), lambda size: memoryview(bytearray(size)))
+    return Ring(RingOptions(slots_per_peer, 64, max_peers), lambda size: SlotMemory(memoryview(bytearray(size))))
 
 
 def test_a_slot_is_lent_with_a_new_generation_each_time() -> None:

@@ -11,6 +11,7 @@ from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64, Payload, PayloadHeader, 
 from kvtransfer.protocol import Recv
 from kvtransfer.receiver import Expectation, Receiver
 from kvtransfer.ring import Ring, RingOptions, RingSlot
+from kvtransfer.transport import SlotMemory
 from splitfire.core.wire import layout_to_wire
 from splitfire.v1 import kv_pb2
 from tests.kvtransfer.fakes import FINGERPRINT, LAYOUT, FakeSink, content, sums_of
@@ -26,7 +27,7 @@ class Bench:
         self.sink = FakeSink(1)
         self.sent: list[kv_pb2.KvMessage] = []
         self.num_finished = 0
-        self.ring = Ring(RingOptions(8, 4096, 1), lambda size: memoryview(bytearray(size)))
+        self.ring = Ring(RingOptions(8, 4096, 1), lambda size: SlotMemory(memoryview(bytearray(size))))
         expectation = Expectation(ID, TOKEN, b"i" * 16, NUM_TOKENS, LAYOUT, FINGERPRINT[:8], digest_algorithm=digest)
         self.receiver = Receiver(expectation, self.sink, self, 4096, lambda: 0.0)
 

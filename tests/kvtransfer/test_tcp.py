@@ -434,7 +434,7 @@ async def main():
     await asyncio.sleep(60)
 asyncio.run(main())
 """
-RECEIVE = "transport.receive({tag}, transport.allocate(256 << 20), lambda exc: print('done', exc, flush=True))"
+RECEIVE = "transport.receive({tag}, transport.allocate(256 << 20).buffer, lambda exc: print('done', exc, flush=True))"
 SEND = """link = transport.connect({address!r})
     link.send_control(b'on its way')
     link.send_payload({tag}, memoryview(bytes(256 << 20)), lambda exc: print('done', exc, flush=True))"""

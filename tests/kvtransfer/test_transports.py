@@ -29,6 +29,7 @@ class World:
 
     create: Callable[[], Transport]
     run: Callable[[Scene], None] = asyncio.run
+    has_keys: bool = False  # slots may be filled where they lie
 
     def play(self, scene: Scene) -> None:
         play(scene, self.run)
@@ -37,10 +38,12 @@ class World:
         return [Node(self.create()).start() for _ in range(count)]
 
 
-@pytest.fixture(params=["memory", "tcp", "tcp on uvloop", "ucx"])
+@pytest.fixture(params=["memory", "one memory", "tcp", "tcp on uvloop", "ucx"])
 def world(request: pytest.FixtureRequest) -> World:
     if request.param == "memory":
         return World(Hub().create)
+    if request.param == "one memory":
+        return World(Hub(is_one_memory=True).create, has_keys=True)
     if request.param == "tcp":
         return World(TcpTransport)
     if request.param == "tcp on uvloop":
@@ -48,7 +51,7 @@ def world(request: pytest.FixtureRequest) -> World:
     pytest.importorskip("ucxx", reason="ucxx is not installed")
     from kvtransfer.ucx import UcxTransport
 
-    return World(lambda: UcxTransport("lo"))
+    return World(lambda: UcxTransport("lo"), has_keys=True)
 
 
 def close(*nodes: Node) -> None:
@@ -87,6 +90,28 @@ def test_a_payload_of_any_size_arrives_intact_and_nothing_after_it_is_touched(wo
         assert bytes(slot[num_bytes:]) == bytes([SENTINEL]) * spare
         await settle()
         assert there.outcomes["receive"] == here.outcomes["send"] == [None], "each done exactly once"
+        close(here, there)
+
+    world.play(scene())
+
+
+def test_a_slot_with_a_key_is_filled_where_it_lies_and_received_like_any_other(world: World) -> None:
+    async def scene() -> None:
+        here, there = world.nodes(2)
+        link = here.connect(there)
+        assert link.reach(b"") is None
+        memory = there.transport.allocate(MIB)
+        there.transport.receive(slot_tag(1, 1), memory.buffer, there.note("receive"))
+        room = link.reach(memory.key)
+        assert (room is not None) == world.has_keys == bool(memory.key)
+        if room is not None:
+            room[:] = content(1, MIB)
+            await settle()
+            assert not there.outcomes["receive"], "nobody was told"
+            link.send_payload(slot_tag(1, 1), memoryview(b""), here.note("send"))
+            await until(lambda: bool(there.outcomes["receive"] and here.outcomes["send"]))
+            assert there.outcomes["receive"] == here.outcomes["send"] == [None]
+            assert memory.buffer == content(1, MIB)
         close(here, there)
 
     world.play(scene())

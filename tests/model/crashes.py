@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
+from tests.faults import sims
 from tests.faults.test_handoff import act_at, freeze_for, num_events
 from tests.model.simulator import Simulation
 
@@ -16,6 +17,7 @@ VICTIMS = ("p0", "p1", "d0", "d1")
 
 def main(seeds: int = 2) -> int:
     for seed in range(1, seeds + 1):
+        sims.IN_PLACE = bool(seed % 2)  # both ways
         began, count = time.monotonic(), num_events(seed)
         for number in range(1, count + 1):
             for victim in VICTIMS:

@@ -31,6 +31,9 @@ SCENARIOS = {
     "two pieces": Scenario(requests=2, blocks=2, slots=2),
     "three slots": Scenario(requests=2, blocks=2, slots=3, pool=2),
     "two revoked": Scenario(requests=2, blocks=1, revokes=1),
+    "in place": Scenario(requests=1, blocks=2, chunks=2, revokes=1, aborts=1, in_place=True),
+    "in place one slot": Scenario(requests=2, blocks=1, slots=1, aborts=1, in_place=True),
+    "in place crash": Scenario(requests=1, blocks=2, crashes=1, aborts=1, in_place=True),
 }
 
 

@@ -20,8 +20,8 @@ import torch
 
 from decode_svc.service import DecodeService
 from kvtransfer.agent import AgentOptions, TransferAgent
-from kvtransfer.frames import slot_bytes_for
-from kvtransfer.transport import Done, Link, OnControl
+from kvtransfer.frames import _FRAME, parse_frame, slot_bytes_for
+from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from prefill_svc.service import PrefillService
 from router.admission import Admission, AdmissionLimits
 from router.choice import Choice, RequestPlan
@@ -78,10 +78,13 @@ def answer_to(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class Net:
-    """Delays are drawn; control stays in order per link, payloads do not. `is_cut(source, target)` loses what is sent then."""
+    """Delays are drawn; control stays in order per link, payloads do not. `is_cut(source, target)` loses what is sent then.
+    With `slots`, each found by its key, a peer writes where they lie; without they are sent to."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, slots: dict[bytes, tuple[SimTransport, memoryview]] | None = None) -> None:
         self.random = random
+        self.slots = slots
+        self.violations: list[str] = []
         self.nodes: dict[bytes, SimTransport] = {}
         self.frozen: set[bytes] = set()
         self.is_cut: Callable[[bytes, bytes], bool] = lambda source, target: False
@@ -136,8 +139,13 @@ class SimTransport:
     def start(self, on_control: OnControl) -> None:
         self.on_control = on_control
 
-    def allocate(self, num_bytes: int) -> memoryview:
-        return memoryview(bytearray(num_bytes))
+    def allocate(self, num_bytes: int) -> SlotMemory:
+        buffer = memoryview(bytearray(num_bytes))
+        if self.net.slots is None:
+            return SlotMemory(buffer)
+        key = str(len(self.net.slots)).encode()
+        self.net.slots[key] = (self, buffer)
+        return SlotMemory(buffer, key)
 
     def connect(self, address: bytes) -> Link:
         return _SimLink(self, address)
@@ -168,6 +176,7 @@ class _SimLink:
     def __init__(self, source: SimTransport, target: bytes) -> None:
         self._source = source
         self._target = target
+        self._reached: memoryview | None = None
 
     def send_control(self, frame: bytes) -> None:
         source, net = self._source, self._source.net
@@ -182,6 +191,8 @@ class _SimLink:
 
     def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
         source, net = self._source, self._source.net
+        if not message and self._reached is not None:
+            message = self._reached[: _FRAME.size + len(parse_frame(self._reached).body)]
 
         def sent(exc: Exception | None) -> None:
             net.later(self._target, source.address, lambda: None if source.is_dead else done(exc), in_order=False)
@@ -195,6 +206,15 @@ class _SimLink:
             sent(ConnectionResetError())
         elif not source.is_dead:
             net.later(source.address, self._target, arrive, in_order=False)
+
+    def reach(self, key: bytes) -> memoryview | None:
+        net = self._source.net
+        if not key or net.slots is None:
+            return None
+        owner, self._reached = net.slots[key]
+        if not any(buffer.obj is self._reached.obj for buffer, _ in owner.posted.values()):
+            net.violations.append("a slot was written that was not lent")
+        return self._reached
 
     def close(self) -> None: ...
 
@@ -437,11 +457,13 @@ class Simulation:
 
     seed: int = 0
     split: Split = "always"
+    in_place: bool = True  # prefill workers write into decode's slots where they lie
     violations: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
-        self.net = Net(self.random)
+        self.net = Net(self.random, slots={} if self.in_place else None)
+        self.net.violations = self.violations
         self.telemetry = Telemetry("sim", None)
         self.fingerprint: Fingerprint = replace(fingerprint(), block_size=LAYOUT.block_size)
         self.fleet = Fleet(ModelDir(PICO), lambda: self.admission.pump())

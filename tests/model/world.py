@@ -21,7 +21,7 @@ from kvtransfer.peers import PeerAddress
 from kvtransfer.protocol import RECEIVER, Recv
 from kvtransfer.receiver import Expectation, Receiver, Room
 from kvtransfer.sender import Outcome, Sender, Shipment
-from kvtransfer.transport import Done, Link, OnControl
+from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from splitfire.core.layout import KvLayout
 from splitfire.v1 import kv_pb2
 
@@ -55,6 +55,7 @@ class Scenario:
     jumps: int = 0  # of the clock, past every deadline
     losses: int = 0  # of one control frame. After a loss or a jump it may be the router who tells the other end of a failure
     repeats: int = 0  # of one control frame
+    in_place: bool = False  # prefill writes into the slots where they lie
 
 
 def content(request: int, block: int) -> bytes:
@@ -94,7 +95,7 @@ def require(condition: object, promise: str) -> None:
 
 @dataclass
 class _Payload:
-    """A message to a posted receive. `message` is the sender's memory, read on arrival."""
+    """A message to a posted receive. `message` is the sender's memory, read on arrival, or the slot itself, filled in place."""
 
     source: str
     target: str
@@ -112,6 +113,7 @@ class Net:
     control: dict[tuple[str, str], deque[bytes]] = field(default_factory=dict)
     payloads: dict[int, _Payload] = field(default_factory=dict)
     num_payloads: int = 0
+    slots: dict[bytes, tuple[str, memoryview]] | None = None  # by key: whose, and where; None when they cannot be reached
 
 
 class ModelTransport:
@@ -132,8 +134,13 @@ class ModelTransport:
     def start(self, on_control: OnControl) -> None:
         self.on_control = on_control
 
-    def allocate(self, num_bytes: int) -> memoryview:
-        return memoryview(bytearray(num_bytes))
+    def allocate(self, num_bytes: int) -> SlotMemory:
+        buffer = memoryview(bytearray(num_bytes))
+        if self._net.slots is None:
+            return SlotMemory(buffer)
+        key = f"{self.node}{len(self._net.slots)}".encode()
+        self._net.slots[key] = (self.node, buffer)
+        return SlotMemory(buffer, key)
 
     def connect(self, address: bytes) -> Link:
         return _ModelLink(self._net, self.node, address.decode())
@@ -154,16 +161,26 @@ class _ModelLink:
     def __init__(self, net: Net, source: str, target: str) -> None:
         self._net = net
         self._ends = (source, target)
+        self._reached: memoryview | None = None
 
     def send_control(self, frame: bytes) -> None:
         self._net.control.setdefault(self._ends, deque()).append(frame)
 
     def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
-        net = self._net
+        net, message = self._net, message or self._reached or message
         used = [p for p in net.payloads.values() if p.message.obj is message.obj and not p.has_arrived]
         require(not used, "P1: a send slot was used again before its send was over")
         net.payloads[net.num_payloads] = _Payload(*self._ends, tag, message, done)
         net.num_payloads += 1
+
+    def reach(self, key: bytes) -> memoryview | None:
+        """Who asks writes: it has to be lent to him."""
+        if not key or self._net.slots is None:
+            return None
+        node, self._reached = self._net.slots[key]
+        posted = self._net.nodes[node].posted.values()
+        require(any(buffer.obj is self._reached.obj for buffer, _ in posted), "P1: a slot was written that was not lent")
+        return self._reached
 
     def close(self) -> None: ...
 
@@ -315,7 +332,7 @@ class World:
 
     def __init__(self, scenario: Scenario, make_agent: Callable[..., TransferAgent] = TransferAgent) -> None:
         self.scenario = scenario
-        self.net = Net()
+        self.net = Net(slots={} if scenario.in_place else None)
         self.pool = Pool(scenario.pool)
         self.now = 0.0
         self.left = {

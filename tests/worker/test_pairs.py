@@ -109,6 +109,23 @@ def test_a_router_that_does_not_read_costs_one_measurement_a_peer() -> None:
     asyncio.run(scene())
 
 
+def test_a_pair_is_told_again_to_a_router_that_comes_to_know_the_peer_later() -> None:
+    """It attaches two workers that come back in the wrong order, and drops what the first says of the second."""
+
+    async def scene() -> None:
+        async with two_that_know_each_other() as at:
+            at.reporter.repeat_pair(at.peer.incarnation)  # nothing to tell yet
+            at.measurer.meet(at.peer, is_same_host=True)
+            await until(lambda: at.reporter.pairs)
+            reports = at.reporter.reports()
+            assert [(await anext(reports)).WhichOneof("report") for _ in range(2)] == ["pair", "load"]
+            at.reporter.repeat_pair(at.peer.incarnation)
+            assert [(await anext(reports)).WhichOneof("report") for _ in range(2)] == ["pair", "load"]
+            await reports.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(scene())
+
+
 def test_memcpy_is_measured_on_the_same_bytes() -> None:
     assert 1e8 < copy_rate(1 << 20) < 1e13
 
