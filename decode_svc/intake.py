@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvtransfer.expectation import Expectation, Room
 from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64
-from kvtransfer.receiver import Expectation, Receiver, Room
+from kvtransfer.receiver import Receiver
 from splitfire.core.hashing import hash_blocks
 from splitfire.engine.engine import Reservation
 from splitfire.engine.kernels.pack import unpack

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from kvtransfer.expectation import Expectation, Sink
 from kvtransfer.frames import CONTROL, FrameError, parse_control, parse_frame
 from kvtransfer.incoming import Incoming
 from kvtransfer.outgoing import Outgoing, Source
 from kvtransfer.peers import Heard, Peer, PeerAddress, Peers
 from kvtransfer.probe import PairMeter, PairRates, ProbeResponder
-from kvtransfer.receiver import Expectation, Receiver, Sink
+from kvtransfer.receiver import Receiver
 from kvtransfer.ring import Ring, RingOptions, RingSlot
 from kvtransfer.sender import LentSlot, Sender, Shipment
 from kvtransfer.transport import Transport

@@ -13,10 +13,11 @@ from functools import partial
 
 import structlog
 
+from kvtransfer.expectation import Expectation, Sink
 from kvtransfer.frames import VOID, FrameError, parse_frame, parse_payload
 from kvtransfer.peers import Peer
 from kvtransfer.protocol import NO_ROOM, Recv
-from kvtransfer.receiver import Expectation, Receiver, Sink
+from kvtransfer.receiver import Receiver
 from kvtransfer.ring import Ring, RingSlot
 from kvtransfer.transport import Done, Transport, slot_tag
 from splitfire.core import limits

@@ -16,12 +16,12 @@ from typing import Protocol
 
 from kvtransfer.ring import RingSlot
 from kvtransfer.sender import LentSlot
+from splitfire.core.machine import NETWORK, SHARED_MEMORY, UNKNOWN
 from splitfire.v1 import kv_pb2
 
 NUM_ROUND_TRIPS = 100  # enough for a 99th percentile, and 5 ms of an idle pair
 NUM_PAYLOADS = 16
 WINDOW = 4  # payloads on their way at once
-SHARED_MEMORY, NETWORK, UNKNOWN = "shared memory", "network", "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class PairRates:
     round_trip_s: float  # median
     round_trip_p99_s: float
     bytes_per_s: float
-    path: str  # one of the constants above
+    path: str  # one of machine.PATHS
 
 
 class ProbeHost(Protocol):

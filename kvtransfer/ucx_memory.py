@@ -78,11 +78,11 @@ class OwnMemory:
         """Resident shared memory with its key; private memory without one where UCX has none to give."""
         params = _MapParams(_FIELD_LENGTH | _FIELD_FLAGS, None, num_bytes, _ALLOCATE)
         handle = ctypes.c_void_p()
-        if self._library.ucp_mem_map(self._context.handle, params, handle) != 0:
+        found = _MemoryAttributes(_FIELD_ADDRESS | _FIELD_LENGTH)
+        status = self._library.ucp_mem_map(self._context.handle, params, handle)
+        if status != 0 or self._library.ucp_mem_query(handle, found) != 0:
             log.warning("UCX has no shared memory for a slot; payloads are copied", bytes=num_bytes)
             return SlotMemory(private_memory(num_bytes))
-        found = _MemoryAttributes(_FIELD_ADDRESS | _FIELD_LENGTH)
-        assert self._library.ucp_mem_query(handle, found) == 0
         array = (ctypes.c_uint8 * num_bytes).from_address(found.address)
         ctypes.memset(found.address, 0, num_bytes)  # faults its pages in now, not under the first hand-off
         weakref.finalize(array, _unmap, self._library, self._context, handle).atexit = False

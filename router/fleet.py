@@ -15,7 +15,7 @@ from typing import Protocol
 import structlog
 
 from router.hello import check_hello, clamp
-from router.pairs import Link, Pairs, is_possible
+from router.pairs import Pair, Pairs, is_possible
 from router.placement import Placement, WorkerView
 from splitfire.core import limits
 from splitfire.core.errors import Mismatch, Unavailable
@@ -112,7 +112,7 @@ class Fleet:
         self._on_change = on_change
         self._workers: dict[bytes, WorkerHandle] = {}
         self.pairs = Pairs()
-        self._bad_pairs: dict[tuple[bytes, bytes], float] = {}  # (prefill, decode) until when
+        self._bad_pairs: dict[Pair, float] = {}  # until when
         self._next_attempt = 1
 
     @property
@@ -142,7 +142,7 @@ class Fleet:
         views = [replace(w.view(now), peer_bytes_per_s=rates.get(w.incarnation, {})) for w in self._workers.values()]
         if self._bad_pairs:
             self._bad_pairs = {pair: until for pair, until in self._bad_pairs.items() if now < until}
-            bad = {prefill: frozenset(d for p, d in self._bad_pairs if p == prefill) for prefill, _ in self._bad_pairs}
+            bad = {p.prefill: frozenset(o.decode for o in self._bad_pairs if o.prefill == p.prefill) for p in self._bad_pairs}
             views = [replace(view, bad_peers=bad.get(view.incarnation, frozenset())) for view in views]
         return views
 
@@ -170,7 +170,7 @@ class Fleet:
 
     def avoid_pair(self, prefill: bytes, decode: bytes) -> None:
         """A transfer between these two broke though both live (F31): for a while they are paired only if there is nobody else."""
-        self._bad_pairs[(prefill, decode)] = time.monotonic() + limits.BAD_PAIR_S
+        self._bad_pairs[Pair(prefill, decode)] = time.monotonic() + limits.BAD_PAIR_S
         while len(self._bad_pairs) > limits.MAX_WORKERS:
             del self._bad_pairs[next(iter(self._bad_pairs))]
 
@@ -220,7 +220,9 @@ class Fleet:
             return
         del self._workers[worker.incarnation]
         self.pairs.forget(worker.incarnation)
-        self._bad_pairs = {pair: until for pair, until in self._bad_pairs.items() if worker.incarnation not in pair}
+        self._bad_pairs = {
+            pair: until for pair, until in self._bad_pairs.items() if worker.incarnation not in (pair.prefill, pair.decode)
+        }
         for other in self._workers.values():
             if other.is_prefill is not worker.is_prefill:
                 other.send(peer_gone=fleet_pb2.PeerGone(incarnation=worker.incarnation))
@@ -268,7 +270,7 @@ class Fleet:
         if not is_possible(measured):
             self.strike(worker.incarnation, "impossible_pair", suspect_after=3)
         elif peer is not None and worker.is_prefill and not peer.is_prefill:  # else it went meanwhile
-            self.pairs.record(Link(worker.incarnation, peer.incarnation), measured)
+            self.pairs.record(Pair(worker.incarnation, peer.incarnation), measured)
 
     async def measure_pairs(self) -> None:
         """Every pair anew, within bounds (pairs.py)."""
@@ -280,7 +282,7 @@ class Fleet:
             if worker is not None:
                 worker.send(measure=fleet_pb2.Measure(peer_incarnation=decode))
 
-        await self.pairs.measure([Link(p.incarnation, d.incarnation) for p in prefills for d in decodes], ask)
+        await self.pairs.measure([Pair(p.incarnation, d.incarnation) for p in prefills for d in decodes], ask)
 
     def describe(self) -> inference_pb2.GetFleetResponse:
         response = inference_pb2.GetFleetResponse()
@@ -293,8 +295,8 @@ class Fleet:
                 prefill_tokens_per_s=load.prefill_tokens_per_s, decode_tokens_per_s=load.decode_tokens_per_s,
                 resident_bytes=load.resident_bytes, held_slots=load.held_slots, machine=hello.machine,
             )  # fmt: skip
-        for link, known in self.pairs.items():
-            prefill, decode, found = self._workers[link.prefill].hello, self._workers[link.decode].hello, known.measured
+        for pair, known in self.pairs.items():
+            prefill, decode, found = self._workers[pair.prefill].hello, self._workers[pair.decode].hello, known.measured
             response.pairs.add(
                 prefill_worker_id=prefill.worker_id, decode_worker_id=decode.worker_id, transport=found.transport, path=found.path,
                 round_trip_s=found.round_trip_s, round_trip_p99_s=found.round_trip_p99_s, bytes_per_s=found.bytes_per_s,

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from splitfire.core import limits
+from splitfire.core.machine import PATHS
 from splitfire.v1 import fleet_pb2
 
-PATHS = ("shared memory", "network", "unknown")
 MAX_RATE = 1e15  # bytes per second; more is no measurement
 Ask = Callable[[bytes, bytes], None]  # tells a prefill worker to measure the way to a decode worker
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Pair:
     """A prefill worker and a decode worker, by incarnation."""
 
     prefill: bytes
@@ -34,10 +34,10 @@ class KnownPair:
 
 @dataclass(eq=False)
 class _Round:
-    """One round of measuring. `awaited` are links that were asked and have not answered."""
+    """One round of measuring. `awaited` are pairs that were asked and have not answered."""
 
     began: float
-    awaited: dict[Link, asyncio.Event] = field(default_factory=dict)
+    awaited: dict[Pair, asyncio.Event] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
 
 
@@ -46,58 +46,58 @@ class Pairs:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._known: dict[Link, KnownPair] = {}
+        self._known: dict[Pair, KnownPair] = {}
         self._round: _Round | None = None
         self._ended = float("-inf")  # of the last round
 
-    def items(self) -> Iterable[tuple[Link, KnownPair]]:
+    def items(self) -> Iterable[tuple[Pair, KnownPair]]:
         return self._known.items()
 
-    def record(self, link: Link, measured: fleet_pb2.PairMeasurement) -> None:
+    def record(self, pair: Pair, measured: fleet_pb2.PairMeasurement) -> None:
         """What a worker reported; a round that waits for it goes on, unless it is older than the round."""
         now = self._clock()
-        self._known[link] = KnownPair(measured, now - measured.age_s)
+        self._known[pair] = KnownPair(measured, now - measured.age_s)
         if self._round is not None and now - measured.age_s >= self._round.began:
-            self._arrived(link)
+            self._arrived(pair)
 
     def forget(self, incarnation: bytes) -> None:
         """The worker is gone."""
-        for link in [link for link in self._known if incarnation in (link.prefill, link.decode)]:
-            del self._known[link]
-        for link in list(self._round.awaited) if self._round is not None else ():
-            if incarnation in (link.prefill, link.decode):
-                self._arrived(link)
+        for pair in [pair for pair in self._known if incarnation in (pair.prefill, pair.decode)]:
+            del self._known[pair]
+        for pair in list(self._round.awaited) if self._round is not None else ():
+            if incarnation in (pair.prefill, pair.decode):
+                self._arrived(pair)
 
     def rates(self) -> Mapping[bytes, Mapping[bytes, float]]:
         """Bytes per second by prefill and decode worker."""
         found: dict[bytes, dict[bytes, float]] = {}
-        for link, known in self._known.items():
-            found.setdefault(link.prefill, {})[link.decode] = known.measured.bytes_per_s
+        for pair, known in self._known.items():
+            found.setdefault(pair.prefill, {})[pair.decode] = known.measured.bytes_per_s
         return found
 
-    async def measure(self, links: Iterable[Link], ask: Ask) -> None:
-        """Returns when every link was measured, or after MEASURE_TIMEOUT_S. Who comes during a round or within MEASURE_EVERY_S of
+    async def measure(self, pairs: Iterable[Pair], ask: Ask) -> None:
+        """Returns when every pair was measured, or after MEASURE_TIMEOUT_S. Who comes during a round or within MEASURE_EVERY_S of
         its end shares it: nobody can keep the workers busy with measuring."""
         if self._round is None:
             if self._clock() - self._ended < limits.MEASURE_EVERY_S:
                 return
             self._round = _Round(self._clock())
-            self._round.task = asyncio.create_task(self._run(self._round, list(links), ask), name="measure-pairs")
+            self._round.task = asyncio.create_task(self._run(self._round, list(pairs), ask), name="measure-pairs")
         assert self._round.task is not None
         await asyncio.shield(self._round.task)  # the round goes on when one who waits for it hangs up
 
-    async def _run(self, current: _Round, links: list[Link], ask: Ask) -> None:
+    async def _run(self, current: _Round, pairs: list[Pair], ask: Ask) -> None:
         """No worker takes part in two measurements at once, or each would measure the other."""
-        busy = {link.decode: asyncio.Lock() for link in links}
-        by_prefill: dict[bytes, list[Link]] = {}
-        for link in links:
-            by_prefill.setdefault(link.prefill, []).append(link)
+        busy = {pair.decode: asyncio.Lock() for pair in pairs}
+        by_prefill: dict[bytes, list[Pair]] = {}
+        for pair in pairs:
+            by_prefill.setdefault(pair.prefill, []).append(pair)
 
-        async def measure_from(mine: list[Link], turn: int) -> None:
-            for link in mine[turn % len(mine) :] + mine[: turn % len(mine)]:  # not all at the same decode worker first
-                async with busy[link.decode]:
-                    came = current.awaited[link] = asyncio.Event()
-                    ask(link.prefill, link.decode)
+        async def measure_from(mine: list[Pair], turn: int) -> None:
+            for pair in mine[turn % len(mine) :] + mine[: turn % len(mine)]:  # not all at the same decode worker first
+                async with busy[pair.decode]:
+                    came = current.awaited[pair] = asyncio.Event()
+                    ask(pair.prefill, pair.decode)
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(limits.MEASURE_PAIR_S):
                             await came.wait()
@@ -110,8 +110,8 @@ class Pairs:
         finally:
             self._round, self._ended = None, self._clock()
 
-    def _arrived(self, link: Link) -> None:
-        event = self._round.awaited.pop(link, None) if self._round is not None else None
+    def _arrived(self, pair: Pair) -> None:
+        event = self._round.awaited.pop(pair, None) if self._round is not None else None
         if event is not None:
             event.set()
 

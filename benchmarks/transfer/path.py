@@ -12,10 +12,10 @@ import torch
 from benchmarks.transfer import ops
 from benchmarks.transfer.cases import Path
 from kvtransfer.agent import AgentOptions, TransferAgent
+from kvtransfer.expectation import Expectation, Room
 from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64
 from kvtransfer.peers import PeerAddress
 from kvtransfer.probe import PairMeter
-from kvtransfer.receiver import Expectation, Room
 from kvtransfer.sender import Outcome, Shipment
 from kvtransfer.ucx import UcxTransport
 from splitfire.core.layout import KvLayout

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from splitfire.core.machine import SHM, UNLIMITED, MachineFacts
+from splitfire.core.machine import NETWORK, SHARED_MEMORY, SHM, UNLIMITED, MachineFacts
 
-SHARED_MEMORY, NETWORK = "shared memory", "network"
 MIB = 1 << 20
 MIN_SHM_FREE = 32 * MIB  # UCX's queues and the pieces it copies through; a fleet of a few workers
 MIN_MEMLOCK = 64 * MIB  # with RDMA the rings are locked: 24 MiB a peer by default

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from splitfire.cli.findings import NETWORK
+from splitfire.core.machine import NETWORK
 from splitfire.v1 import inference_pb2 as pb
 
 SCREEN = 80

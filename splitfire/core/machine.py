@@ -18,6 +18,7 @@ from pathlib import Path
 from splitfire.v1 import inference_pb2 as pb
 
 UNLIMITED = (1 << 64) - 1
+SHARED_MEMORY, NETWORK, UNKNOWN = PATHS = "shared memory", "network", "unknown"  # what carries KV between two processes
 UCX_SETTINGS = ("UCX_TLS", "UCX_NET_DEVICES")  # those that decide which way the bytes take
 MAX_SETTING_CHARS = 256
 SHM = "/dev/shm"  # noqa: S108 - where POSIX shared memory is

@@ -14,8 +14,9 @@ import structlog
 
 from kvtransfer.agent import TransferAgent
 from kvtransfer.peers import PeerAddress
-from kvtransfer.probe import NETWORK, PairRates
+from kvtransfer.probe import PairRates
 from splitfire.core.errors import Unavailable
+from splitfire.core.machine import NETWORK
 from splitfire.v1 import fleet_pb2
 
 log = structlog.get_logger("worker")

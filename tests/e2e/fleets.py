@@ -157,3 +157,9 @@ def until(condition: Callable[[], object], seconds: float = 10.0, what: Callable
     while not condition():
         assert time.monotonic() < deadline, f"condition never came true; {what()}"
         time.sleep(0.02)
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """Processor time so far: how much work a process did, whatever the machine does beside it."""
+    times = process.cpu_times()
+    return float(times.user + times.system)

@@ -21,7 +21,7 @@ import pytest
 from splitfire.core import limits
 from splitfire.v1 import inference_pb2 as pb
 from tests.checkpoints import assert_greedy, pico_oracle
-from tests.e2e.fleets import RunningFleet, greedy, start_fleet, until
+from tests.e2e.fleets import RunningFleet, cpu_s, greedy, start_fleet, until
 
 LONG = 1500  # tokens: 47 blocks, so a prompt passes through its two slots two dozen times
 SLOW_RING = ("--chunk-tokens=64", "--slot-size=256KiB", "--send-slots=2", "--receive-slots=2")
@@ -181,11 +181,6 @@ def new_prompt(length: int) -> list[int]:
 def worker_of(summary: pb.Summary, phase: str) -> str:
     [worker] = {p.worker for p in summary.phases if p.name == phase}
     return worker
-
-
-def cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pytest
 
 from splitfire.v1 import inference_pb2 as pb
 from tests.checkpoints import ROOT, assert_greedy, pico_oracle
-from tests.e2e.fleets import PROMPT, RunningFleet, greedy, refusal_of, start_fleet, until
+from tests.e2e.fleets import PROMPT, RunningFleet, cpu_s, greedy, refusal_of, start_fleet, until
 
 SPLITFIRE = [sys.executable, "-m", "splitfire.cli"]
 LONG = greedy(count=1500)
@@ -118,9 +118,11 @@ def test_a_killed_prefill_worker_is_invisible_and_comes_back() -> None:
         asking = threading.Thread(target=lambda: results.append(fleet.ids(prompt, 8)))
         asking.start()
         until(lambda: fleet.status().running_requests == 1)
-        time.sleep(0.05)
+        process = fleet.process("prefill-0")
+        computed = cpu_s(process)
+        until(lambda: cpu_s(process) > computed + 0.05, 30)
         before = fleet.worker("prefill-0").incarnation
-        fleet.process("prefill-0").kill()
+        process.kill()
         asking.join(60)
         assert_greedy(pico_oracle(), prompt, results[0])
         assert len(expected) == 8

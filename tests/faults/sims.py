@@ -22,7 +22,7 @@ async def fleet(
     with capture_logs() as logs:
         sim = Simulation(seed, in_place=IN_PLACE)
         sim.start(prefill, decode)
-        await asyncio.sleep(0.05)  # everybody has met
+        await until(sim.have_all_met)
         try:
             yield sim
         finally:

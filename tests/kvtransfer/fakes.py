@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtransfer.receiver import Room
+from kvtransfer.expectation import Room
 from kvtransfer.sender import Outcome
 from splitfire.core.layout import KvLayout
 from splitfire.engine.kernels.pack import block_sums

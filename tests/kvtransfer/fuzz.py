@@ -23,10 +23,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvtransfer import frames as wire
 from kvtransfer.agent import AgentOptions, Handle, TransferAgent
+from kvtransfer.expectation import Expectation
 from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64, Payload, PayloadHeader, bind, slot_bytes_for, write_payload
 from kvtransfer.peers import PeerAddress
 from kvtransfer.protocol import Recv, Send
-from kvtransfer.receiver import Expectation, Receiver
+from kvtransfer.receiver import Receiver
 from kvtransfer.ring import Ring, RingOptions, RingSlot
 from kvtransfer.sender import LentSlot, Outcome, Piece, Sender, Shipment
 from kvtransfer.transport import Done, Link, OnControl, SlotMemory, slot_tag

@@ -20,10 +20,11 @@ from random import Random
 import psutil
 
 from kvtransfer.agent import AgentOptions, TransferAgent
+from kvtransfer.expectation import Expectation
 from kvtransfer.frames import slot_bytes_for
 from kvtransfer.memory import Hub
 from kvtransfer.peers import PeerAddress
-from kvtransfer.receiver import Expectation, Receiver
+from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Outcome, Sender, Shipment
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import Transport

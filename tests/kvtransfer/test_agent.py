@@ -12,12 +12,13 @@ import pytest
 
 from kvtransfer import incoming as incoming_module
 from kvtransfer.agent import AgentOptions, TransferAgent
+from kvtransfer.expectation import Expectation, Room
 from kvtransfer.frames import slot_bytes_for
 from kvtransfer.memory import Hub
 from kvtransfer.peers import PeerAddress
 from kvtransfer.probe import PairMeter, PairRates
 from kvtransfer.protocol import Send
-from kvtransfer.receiver import Expectation, Receiver, Room
+from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Outcome, Sender, Shipment
 from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import Transport

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvtransfer.receiver import Expectation
+from kvtransfer.expectation import Expectation
 from kvtransfer.sender import Outcome
 from splitfire.core import limits
 from splitfire.v1 import kv_pb2

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from kvtransfer.expectation import Expectation
 from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64, Payload, PayloadHeader, bind
 from kvtransfer.protocol import Recv
-from kvtransfer.receiver import Expectation, Receiver
+from kvtransfer.receiver import Receiver
 from kvtransfer.ring import Ring, RingOptions, RingSlot
 from kvtransfer.transport import SlotMemory
 from splitfire.core.wire import layout_to_wire

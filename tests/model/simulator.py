@@ -480,6 +480,11 @@ class Simulation:
             for i, plan in enumerate(every):
                 self.workers[f"{role[0]}{i}"] = SimWorker(self, f"{role[0]}{i}", replace(plan, role=role))
 
+    def have_all_met(self) -> bool:
+        """Each worker knows every one of the other role."""
+        roles = Counter(w.plan.role for w in self.workers.values())
+        return all(len(w.agent._peers._peers) == roles.total() - roles[w.plan.role] for w in self.workers.values())
+
     def ask(
         self, num_tokens: int, count: int = 6, *, seed: int | None = None, deadline_s: float = 60.0, priority: int = 2
     ) -> Asked:

@@ -16,10 +16,11 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from kvtransfer.agent import AgentOptions, TransferAgent
+from kvtransfer.expectation import Expectation, Room
 from kvtransfer.frames import _FRAME, slot_bytes_for
 from kvtransfer.peers import PeerAddress
 from kvtransfer.protocol import RECEIVER, Recv
-from kvtransfer.receiver import Expectation, Receiver, Room
+from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Outcome, Sender, Shipment
 from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from splitfire.core.layout import KvLayout

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from router.fleet import Fleet
-from router.pairs import Link, Pairs, is_possible
+from router.pairs import Pair, Pairs, is_possible
 from splitfire.core import limits
 from splitfire.core.model_dir import ModelDir
 from splitfire.v1 import fleet_pb2
@@ -30,19 +30,19 @@ class Workers:
     def __init__(self, pairs: Pairs, silent: frozenset[bytes] = frozenset()) -> None:
         self.pairs = pairs
         self.silent = silent
-        self.asked: list[Link] = []
+        self.asked: list[Pair] = []
         self.under_way: set[bytes] = set()
 
     def ask(self, prefill: bytes, decode: bytes) -> None:
         assert not self.under_way & {prefill, decode}, "it takes part in another measurement"
-        self.asked.append(Link(prefill, decode))
+        self.asked.append(Pair(prefill, decode))
         if decode not in self.silent:
             self.under_way |= {prefill, decode}
-            asyncio.get_running_loop().call_later(0.001, self._answer, Link(prefill, decode))
+            asyncio.get_running_loop().call_later(0.001, self._answer, Pair(prefill, decode))
 
-    def _answer(self, link: Link) -> None:
-        self.under_way -= {link.prefill, link.decode}
-        self.pairs.record(link, measured(link.decode))
+    def _answer(self, pair: Pair) -> None:
+        self.under_way -= {pair.prefill, pair.decode}
+        self.pairs.record(pair, measured(pair.decode))
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -56,7 +56,7 @@ def run(scene: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(scene())
 
 
-ALL = [Link(p, d) for p in (P0, P1) for d in (D0, D1)]
+ALL = [Pair(p, d) for p in (P0, P1) for d in (D0, D1)]
 
 
 def test_every_pair_is_measured_and_no_worker_twice_at_once() -> None:
@@ -65,7 +65,7 @@ def test_every_pair_is_measured_and_no_worker_twice_at_once() -> None:
         workers = Workers(pairs)
         await pairs.measure(ALL, workers.ask)
         assert sorted(workers.asked, key=str) == sorted(ALL, key=str)
-        assert {link for link, _ in pairs.items()} == set(ALL)
+        assert {pair for pair, _ in pairs.items()} == set(ALL)
         assert pairs.rates() == {P0: {D0: 8e9, D1: 8e9}, P1: {D0: 8e9, D1: 8e9}}
 
     run(scene)
@@ -92,7 +92,7 @@ def test_a_worker_that_does_not_answer_holds_up_only_its_own_pairs(monkeypatch: 
     async def scene() -> None:
         pairs = Pairs()
         await pairs.measure(ALL, Workers(pairs, frozenset({D0})).ask)
-        assert {link for link, _ in pairs.items()} == {Link(P0, D1), Link(P1, D1)}
+        assert {pair for pair, _ in pairs.items()} == {Pair(P0, D1), Pair(P1, D1)}
 
     run(scene)
 
@@ -112,7 +112,7 @@ def test_a_worker_that_goes_is_not_waited_for() -> None:
     async def scene() -> None:
         pairs = Pairs()
         workers = Workers(pairs, frozenset({D0}))
-        waiting = asyncio.ensure_future(pairs.measure([Link(P0, D0)], workers.ask))
+        waiting = asyncio.ensure_future(pairs.measure([Pair(P0, D0)], workers.ask))
         await until(lambda: workers.asked)
         pairs.forget(D0)
         async with asyncio.timeout(limits.MEASURE_PAIR_S / 2):
@@ -127,12 +127,12 @@ def test_an_old_measurement_sent_again_is_not_taken_for_the_new_one() -> None:
     async def scene() -> None:
         pairs = Pairs()
         workers = Workers(pairs, frozenset({D0}))
-        waiting = asyncio.ensure_future(pairs.measure([Link(P0, D0)], workers.ask))
+        waiting = asyncio.ensure_future(pairs.measure([Pair(P0, D0)], workers.ask))
         await until(lambda: workers.asked)
-        pairs.record(Link(P0, D0), measured(age_s=60.0))
+        pairs.record(Pair(P0, D0), measured(age_s=60.0))
         await asyncio.sleep(0.01)
         assert not waiting.done()
-        pairs.record(Link(P0, D0), measured())
+        pairs.record(Pair(P0, D0), measured())
         async with asyncio.timeout(limits.MEASURE_PAIR_S / 2):
             await waiting
 
@@ -179,8 +179,8 @@ def test_only_pairs_of_attached_workers_are_known() -> None:
     for peer in (secret := b"x" * 16), other.handle.incarnation, decode.handle.incarnation:
         fleet.on_report(fleet_pb2.ReportRequest(incarnation=prefill.handle.incarnation, pair=measured(peer)))
     fleet.on_report(fleet_pb2.ReportRequest(incarnation=decode.handle.incarnation, pair=measured(prefill.handle.incarnation)))
-    [(link, _)] = fleet.pairs.items()
-    assert link == Link(prefill.handle.incarnation, decode.handle.incarnation)
+    [(pair, _)] = fleet.pairs.items()
+    assert pair == Pair(prefill.handle.incarnation, decode.handle.incarnation)
     assert secret not in fleet.pairs.rates()
     view = next(view for view in fleet.snapshot() if view.incarnation == prefill.handle.incarnation)
     assert view.peer_bytes_per_s == {decode.handle.incarnation: 8e9}
