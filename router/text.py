@@ -39,26 +39,30 @@ class TextPool:
 
     def __init__(self, model: ModelDir) -> None:
         self._model = model
+        self._processes: set[_Process] = set()  # all that run, whoever has them
         self._idle: asyncio.Queue[_Process] = asyncio.Queue(maxsize=NUM_PROCESSES)
         self._replacing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     async def start(self) -> None:
         """ModelError when the tokenizer or the chat template cannot be used."""
         started = await asyncio.gather(*(_Process.start(self._model) for _ in range(NUM_PROCESSES)), return_exceptions=True)
         for process in started:
             if isinstance(process, _Process):
-                self._idle.put_nowait(process)
+                self._add(process)
         for failure in started:
             if isinstance(failure, BaseException):
                 await self.close()
                 raise failure
 
     async def close(self) -> None:
+        """Ends every process, also one that is asked something just now."""
+        self._is_closed = True
         for task in self._replacing:
             task.cancel()
         await asyncio.gather(*self._replacing, return_exceptions=True)
-        while not self._idle.empty():
-            await self._idle.get_nowait().kill()
+        for process in self._processes:
+            await process.kill()
 
     async def encode(self, text: str) -> list[int]:
         return await self._ask({"text": text}, "text")
@@ -106,12 +110,15 @@ class TextPool:
 
     def _replace(self, process: _Process) -> None:
         """Ends `process` and starts another, for as long as it takes."""
+        if self._is_closed:
+            return
 
         async def replace() -> None:
             await process.kill()
+            self._processes.discard(process)
             while True:
                 try:
-                    self._idle.put_nowait(await _Process.start(self._model))
+                    self._add(await _Process.start(self._model))
                 except (ConfigError, OSError, ValueError):
                     log.exception("tokenizer process does not start")
                     await asyncio.sleep(RESTART_S)
@@ -121,6 +128,10 @@ class TextPool:
         task = asyncio.create_task(replace(), name="replace-text-process")
         self._replacing.add(task)
         task.add_done_callback(self._replacing.discard)
+
+    def _add(self, process: _Process) -> None:
+        self._processes.add(process)
+        self._idle.put_nowait(process)
 
 
 class _Process:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Coroutine
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +155,27 @@ def test_a_tokenizer_process_that_dies_is_replaced_and_nobody_notices() -> None:
                 time.sleep(0.001)  # noqa: ASYNC251 - the event loop is not to hear of it before the question comes
             assert await pool.encode("hello") == expected
         await pool.close()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_no_process_outlives_its_pool(turns: int) -> None:
+    """Closed while one answers, one is to be replaced, and the replacement starts, or has not begun to."""
+
+    async def scene() -> None:
+        pool = TextPool(ModelDir(PICO))
+        await pool.start()
+        asking = [asyncio.create_task(pool.encode("x" * 100_000)) for _ in range(2)]
+        await asyncio.sleep(0)
+        asking[0].cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await pool.close()
+        assert [c for c in psutil.Process().children() if "router.text_worker" in c.cmdline()] == []
+        await asyncio.gather(*asking, return_exceptions=True)
+        await asyncio.sleep(0)
+        assert [c for c in psutil.Process().children() if "router.text_worker" in c.cmdline()] == [], "nor is one started then"
 
     play(scene())
 
