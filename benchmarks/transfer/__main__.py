@@ -36,13 +36,9 @@ PARTS = {
 
 
 def wire(ours: Ours, num_rounds: int) -> list[Row]:
-    """The transport alone, between slots that are used again and again: written where they lie, and sent."""
+    """The transport alone: messages between slots that are used again and again."""
     measures: dict[str, Measure] = {}
-    cases = {
-        f"wire, {mib} MiB messages, {window} at once, {'in place' if in_place else 'sent'}": (mib * MIB, window, in_place)
-        for in_place in (True, False)
-        for mib, window in WINDOWS
-    }
+    cases = {f"wire, {mib} MiB messages, {window} at once": (mib * MIB, window) for mib, window in WINDOWS}
     for case, args in cases.items():
         measures[case] = partial(ours.wire, "slots", *args)
         measures[f"memcpy beside {case}"] = ours.memcpy

@@ -53,11 +53,11 @@ class Node:
 
     # -- the wire
 
-    async def send_slots(self, run: int, slot_bytes: int, num_slots: int, in_place: bool) -> float:
-        return await self._wire.send(run, SlotBytes(self._slots(slot_bytes, num_slots), in_place=in_place))
+    async def send_slots(self, run: int, slot_bytes: int, num_slots: int) -> float:
+        return await self._wire.send(run, SlotBytes(self._slots(slot_bytes, num_slots)))
 
-    async def receive_slots(self, run: int, slot_bytes: int, num_slots: int, in_place: bool) -> float:
-        return await self._wire.receive(run, SlotBytes(self._slots(slot_bytes, num_slots), in_place=in_place))
+    async def receive_slots(self, run: int, slot_bytes: int, num_slots: int) -> float:
+        return await self._wire.receive(run, SlotBytes(self._slots(slot_bytes, num_slots)))
 
     async def send_packed(self, run: int, shape: str, slot_bytes: int, num_slots: int, path: Path) -> float:
         box = PackedBlocks(self._pool(shape, "bf16"), self._ids(SHAPES[shape]), self._slots(slot_bytes, num_slots), path)
