@@ -38,7 +38,7 @@ bench: bench-handoff bench-batching bench-idle bench-gap bench-quality bench-tra
 bench-quality:
 	.venv/bin/python -m benchmarks.quality
 
-bench-%:
+bench-handoff bench-batching bench-idle bench-gap: bench-%:  ## one of those that serve
 	.venv/bin/python -m benchmarks.serve $*
 
 bench-transfer:  ## the hand-off between two processes; against NIXL where bench-opponents was made

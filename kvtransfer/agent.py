@@ -26,7 +26,8 @@ from kvtransfer.sender import LentSlot, Sender, Shipment
 from kvtransfer.transport import Transport
 from splitfire.v1 import kv_pb2
 
-TICK_S = 0.02
+TICK_S = 0.02  # while something is received: sequences that run may need its blocks
+SENDING_TICK_S = 0.2  # else only deadlines of seconds are looked at
 MEASURE_RETRY_S = 0.5
 ASK_FOR_MORE = ("grant", "want", "commit")  # whoever says this waits for us, perhaps for a transfer that ended
 Measured = Callable[[PairRates], None]
@@ -136,8 +137,9 @@ class TransferAgent:
     def expect(self, expectation: Expectation, peer: PeerAddress, sink: Sink) -> Receiver:
         """Gets ready for the offer of `peer`, which may have come already. Holds nothing until then.
         Unavailable when the peer is gone or cannot be connected to."""
+        receiver = self._incoming.expect(expectation, self._peers.get(peer), sink)
         self._watch()
-        return self._incoming.expect(expectation, self._peers.get(peer), sink)
+        return receiver
 
     def meet(self, peer: PeerAddress) -> None:
         """A router says that this peer is there, perhaps again. Unavailable when it cannot be connected to."""
@@ -260,7 +262,8 @@ class TransferAgent:
     def _watch(self) -> None:
         """Keeps a timer running while anything is open; idle costs nothing."""
         if self._timer is None:
-            self._timer = self._later(TICK_S, self._on_timer)
+            is_receiving = len(self._incoming) or self._incoming.num_parked or self._incoming.num_posted
+            self._timer = self._later(TICK_S if is_receiving else SENDING_TICK_S, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

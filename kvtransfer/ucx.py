@@ -168,7 +168,7 @@ class UcxTransport:
             self._worker.progress()
             has_moved = self._complete_operations()
             has_moved |= self._receive_control()
-            if not self._is_kicked and self._worker.arm():
+            if self._is_kicked or self._worker.arm():  # what was posted meanwhile has a turn of its own
                 return
             is_fruitful |= has_moved
         if is_fruitful:
