@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64, blocks_per_slot, slot_bytes_for
 from kvtransfer.protocol import Send
@@ -22,16 +24,22 @@ SLOT_BYTES = slot_bytes_for(LAYOUT.block_bytes)
 class Bench:
     """A sender whose prompt is computed, with a port that writes everything down."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_tokens: int = NUM_TOKENS) -> None:
         self.said: list[str] = []
         self.sent: list[kv_pb2.KvMessage] = []
         self.pieces: list[tuple[LentSlot, Piece]] = []
         self.voids: list[LentSlot] = []
         self.ends: list[tuple[Outcome, str]] = []
         self.num_granted = 0
-        self.sender = Sender(Shipment(ID, TOKEN, NUM_TOKENS, LAYOUT), self, lambda: 0.0)
+        self.per_payload: int | None = None
+        self.sender = Sender(Shipment(ID, TOKEN, num_tokens, LAYOUT), self, lambda: 0.0)
         self.sender.offer()
-        self.sender.computed(NUM_TOKENS)
+        if num_tokens == NUM_TOKENS:
+            self.sender.computed(NUM_TOKENS)
+
+    @property
+    def num_asked(self) -> int:
+        return sum(m.want.num_slots for m in self.sent)
 
     def send(self, message: kv_pb2.KvMessage) -> None:
         assert not self.ends, "the last call was the last"
@@ -45,7 +53,7 @@ class Bench:
         self.voids.append(slot)
 
     def blocks_per_payload(self, layout: KvLayout, receiver_slot_bytes: int) -> int:
-        return blocks_per_slot(min(SLOT_BYTES, receiver_slot_bytes), layout.block_bytes)
+        return self.per_payload or blocks_per_slot(min(SLOT_BYTES, receiver_slot_bytes), layout.block_bytes)
 
     def granted(self) -> None:
         self.num_granted += 1
@@ -134,6 +142,28 @@ def test_a_slot_larger_than_any_memory_is_filled_as_far_as_ours_go() -> None:
     bench = Bench()
     bench.grant(slot_bytes=2**32 - 1)
     assert bench.sent[-1].want.num_slots == NUM_BLOCKS
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.lists(st.integers(1, 60), max_size=8))
+def test_small_chunks_share_payloads_and_every_block_goes_once(num_blocks: int, per_payload: int, chunks: list[int]) -> None:
+    """Less than half a payload waits for the next chunk, the end for nothing."""
+    bench = Bench(num_blocks * LAYOUT.block_size)
+    bench.per_payload = per_payload
+    bench.grant()
+    tokens = 0
+    for chunk in chunks:
+        tokens = min(tokens + chunk, num_blocks * LAYOUT.block_size)
+        before = bench.num_asked
+        bench.sender.computed(tokens)
+        ready = tokens // LAYOUT.block_size
+        waiting = ready - bench.sender._num_planned
+        assert 0 <= 2 * waiting < per_payload or (waiting == 0 and ready == num_blocks)
+        assert bench.num_asked - before <= -(-ready // per_payload)
+    bench.sender.computed(num_blocks * LAYOUT.block_size)
+    bench.lend(*((i, 1) for i in range(bench.num_asked)))
+    blocks = [block for _, piece in bench.pieces for block in range(piece.start, piece.end)]
+    assert blocks == list(range(num_blocks))
+    assert all(piece.end - piece.start <= per_payload for _, piece in bench.pieces)
 
 
 def test_slots_nobody_asked_for_come_back_empty_and_end_the_transfer() -> None:
