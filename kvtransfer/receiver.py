@@ -270,13 +270,13 @@ class Receiver:
             return
         self._advance(RecvEvent.COMPLETE)
         self.done_at = self._clock()
-        self._send(received=kv_pb2.Received())
         try:
             self._sink.ready(self._first_tokens)
         except Exception:
             self._sink.closed("internal", is_retryable=False)
             raise
-        finally:
+        finally:  # the sender may let go, whatever becomes of it here; the sequence comes first
+            self._send(received=kv_pb2.Received())
             self._port.finished()
 
     def _settle_revoke(self) -> None:

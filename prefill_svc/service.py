@@ -88,16 +88,16 @@ class PrefillService:
             self._end(prefill)
             job.refuse(Internal("the model's output for this request cannot be used", reason=update.error))
             return
+        if not update.is_finished:
+            prefill.computed = Computed.of(job, update)
+            if prefill.shipment is not None:
+                prefill.shipment.advance(prefill.computed)  # before the token: decode's answer is waited for
         if update.token is not None:
             self._send_first_token(job, update)
         if update.is_finished:  # the first token ends the request, or nothing was to follow
             self._end(prefill)
             reason = inference_pb2.FINISH_REASON_STOP if update.stopped else inference_pb2.FINISH_REASON_LENGTH
             job.replies.finished(fleet_pb2.Finished(attempt=job.attempt, reason=reason))
-            return
-        prefill.computed = Computed.of(job, update)
-        if prefill.shipment is not None:
-            prefill.shipment.advance(prefill.computed)
 
     def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
         prefill = self._prefills.get(seq_id)
