@@ -550,6 +550,7 @@ def test_slow_kv_link_is_slow_and_right() -> None:
     play(scene())
 
 
+@pytest.mark.parametrize("in_place", [True], indirect=True)  # 10 s, and one way is as good as the other
 def test_short_prompts_beside_one_of_100000_tokens_are_not_starved() -> None:
     """It needs most of decode's pool and 6250 ring slots; short ones come all the time. Nobody waits for the other's end."""
 
