@@ -206,10 +206,12 @@ class Outgoing:
     def _send(self, slot: RingSlot, waiting: _Piece) -> None:
         sending, target, piece = waiting.sending, waiting.target, waiting.piece
         sender, layout = sending.sender, sending.sender.wire_layout
-        room = sending.peer.link.reach(target.key)
-        buffer = slot.buffer if room is None else room
         num_blocks = piece.end - piece.start
         begin, num_bytes = data_offset(num_blocks), num_blocks * layout.block_bytes
+        room = sending.peer.link.reach(target.key)
+        if room is not None and len(room) < begin + num_bytes:  # it is not what the grant said
+            room = None
+        buffer = slot.buffer if room is None else room
         payload = buffer[begin : begin + num_bytes]
         has_digest = sender.digest_algorithm == DIGEST_SUM64
         sums = sending.source.pack(piece.start, num_blocks, layout.dtype, payload, digest=has_digest)

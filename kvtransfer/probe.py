@@ -21,7 +21,7 @@ from splitfire.v1 import kv_pb2
 
 NUM_ROUND_TRIPS = 100  # enough for a 99th percentile, and 5 ms of an idle pair
 NUM_PAYLOADS = 16
-WINDOW = 4  # payloads on their way at once
+WINDOW = 2  # payloads on their way at once; a sender has as many slots, or it would fill memory that is cold
 
 
 @dataclass(frozen=True, slots=True)

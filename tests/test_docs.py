@@ -79,6 +79,16 @@ def test_decisions_are_numbered_without_gaps() -> None:
         assert path.read_text().startswith(f"# {path.name[:4]}: ")
 
 
+def test_every_make_target_does_something() -> None:
+    """A pattern rule does not serve a target that is phony: make then says that nothing is to be done, and is content."""
+    [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in phony.split():
+        said = subprocess.run(
+            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+        assert said and "Nothing to be done" not in said, target
+
+
 def test_compose_publishes_one_port_and_only_on_loopback() -> None:
     """S5 for what the file can say; bringing it up in an engine is a test of its own."""
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())

@@ -74,6 +74,11 @@ def memory_transports() -> tuple[Transport, Transport]:
     return hub.create(), hub.create()
 
 
+def one_memory_transports() -> tuple[Transport, Transport]:
+    hub = Hub(is_one_memory=True)
+    return hub.create(), hub.create()
+
+
 def ucx_transports() -> tuple[Transport, Transport]:
     return UcxTransport("lo"), UcxTransport("lo")
 
@@ -82,7 +87,9 @@ def tcp_transports() -> tuple[Transport, Transport]:
     return TcpTransport(), TcpTransport()
 
 
-@pytest.fixture(params=[memory_transports, tcp_transports, ucx_transports], ids=["memory", "tcp", "ucx"])
+@pytest.fixture(
+    params=[memory_transports, one_memory_transports, tcp_transports, ucx_transports], ids=["memory", "one memory", "tcp", "ucx"]
+)
 def transports(request: pytest.FixtureRequest) -> Any:
     return request.param
 
@@ -113,6 +120,33 @@ def test_every_block_arrives_as_it_was(
         pair.assert_no_leaks()
         pair.prefill.close()
         pair.decode.close()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("num_bytes", [0, 100, 1000])
+def test_a_key_of_less_than_the_slot_that_was_granted_is_not_written_past(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leads to may be anything: then the payload is sent."""
+    reached: list[memoryview] = []
+
+    def reach(_link: object, _key: bytes) -> memoryview:
+        reached.append(memoryview(bytearray(num_bytes)))
+        return reached[-1]
+
+    async def scene() -> None:
+        pair = make_pair(one_memory_transports())
+        monkeypatch.setattr(type(pair.prefill._peers.get(pair.at_decode).link), "reach", reach)
+        num_tokens = LAYOUT.block_size * 20
+        source, sink = FakeSource(7), FakeSink(7)
+        pair.expect(sink, num_tokens, b"a" * 16)
+        sender = pair.offer(source, num_tokens, b"a" * 16)
+        sender.computed(num_tokens)
+        sender.finish([TOKEN])
+        await until(lambda: source.outcome is not None)
+        assert source.outcome is Outcome.RECEIVED
+        sink.assert_right(20)
+        assert reached and not any(any(room) for room in reached), "nothing was written there"
+        pair.assert_no_leaks()
 
     play(scene())
 
