@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
-import mmap
 import secrets
 import socket
 from collections import Counter
@@ -22,7 +21,7 @@ from kvtransfer.frames import FrameError
 from kvtransfer.tcp_link import TURN_BYTES, TcpLink, tune
 from kvtransfer.tcp_records import Inbox, RecordParser
 from kvtransfer.tcp_wire import INSTANCE_BYTES, Endpoint, parse_address
-from kvtransfer.transport import Done, Link, OnControl, SlotMemory
+from kvtransfer.transport import Done, Link, OnControl, SlotMemory, private_memory
 from splitfire.core import limits
 from splitfire.core.errors import ConfigError
 
@@ -67,7 +66,7 @@ class TcpTransport:
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def allocate(self, num_bytes: int) -> SlotMemory:
-        return SlotMemory(memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)))
+        return SlotMemory(private_memory(num_bytes))
 
     def connect(self, address: bytes) -> Link:
         link = TcpLink(parse_address(address), self._links.discard)

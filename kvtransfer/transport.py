@@ -6,6 +6,7 @@ and payload may overtake one another. It need not notice that a peer died: that 
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,3 +73,8 @@ class Transport(Protocol):
 def slot_tag(index: int, generation: int) -> int:
     """The payload tag of one lending of one slot: 24 bits of index, 32 of generation."""
     return (index & 0xFFFFFF) << 32 | generation & 0xFFFFFFFF
+
+
+def private_memory(num_bytes: int) -> memoryview:
+    """Memory of this process alone, aligned to pages and resident from the start."""
+    return memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))

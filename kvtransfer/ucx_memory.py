@@ -10,7 +10,6 @@ Functions and structures: `ucp/api/ucp.h` of UCX 1.9 and later; parameters carry
 from __future__ import annotations
 
 import ctypes
-import mmap
 import struct
 import weakref
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from kvtransfer.transport import SlotMemory
+from kvtransfer.transport import SlotMemory, private_memory
 from splitfire.core.limits import MAX_SLOT_BYTES, MAX_SLOT_KEY_BYTES
 
 log = structlog.get_logger("worker")
@@ -151,8 +150,3 @@ def _checksum(address: int, num_bytes: int, rkey: bytes) -> bytes:
 
 def _unmap(library: ctypes.CDLL, context: Any, handle: ctypes.c_void_p) -> None:
     library.ucp_mem_unmap(context.handle, handle)
-
-
-def private_memory(num_bytes: int) -> memoryview:
-    """Resident memory of this process alone."""
-    return memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))

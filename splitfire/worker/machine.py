@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from dataclasses import replace
 
 import torch
 
 from kvtransfer.probe import NUM_PAYLOADS, WINDOW
-from kvtransfer.transport import Transport
+from kvtransfer.transport import Transport, private_memory
 from splitfire.core.machine import MachineFacts, look_around
 from splitfire.engine.kernels import native
 
@@ -40,7 +39,7 @@ def copy_rate(slot_bytes: int) -> float:
 
 
 def _memory(num_bytes: int) -> memoryview:
-    """As transports allocate slots: resident from the start."""
-    memory = memoryview(mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
+    """As a transport's slots are, and written once."""
+    memory = private_memory(num_bytes)
     memory[:] = bytes(num_bytes)
     return memory
