@@ -37,6 +37,7 @@ FORBIDDEN: dict[str, set[str]] = {
 # Pure files: decisions without a clock, a socket, a thread or a tensor.
 PURE = {
     "splitfire.engine.blocks",
+    "splitfire.engine.drafting",
     "splitfire.engine.scheduler",
     "splitfire.engine.sequence",
     "kvtransfer.protocol",
