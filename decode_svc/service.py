@@ -70,7 +70,7 @@ class DecodeService:
             self._drop(decode)
             job.refuse(Internal("the model's output for this request cannot be used", reason=update.error))
             return
-        if update.token is None:
+        if not update.tokens:
             return
         job.replies.output(self._output(decode, update))
         if update.is_finished:
@@ -87,22 +87,21 @@ class DecodeService:
             self._drop(decode)
 
     def _output(self, decode: _Decode, update: SequenceUpdate) -> fleet_pb2.SequenceOutput:
-        job, token = decode.job, update.token
-        assert token is not None
-        logprobs = logprobs_to_wire(token)
+        job = decode.job
         output = fleet_pb2.SequenceOutput(
             attempt=job.attempt,
             offset=update.offset,
-            token_ids=[token.token_id],
-            logprobs=[logprobs] if logprobs is not None else [],
+            token_ids=[token.token_id for token in update.tokens],
+            logprobs=[logprobs for token in update.tokens if (logprobs := logprobs_to_wire(token)) is not None],
+            draft_tokens=update.num_drafted,
+            accepted_draft_tokens=update.num_accepted,
         )
         if decode.first is not None:
             first, decode.first = decode.first, None
             output.offset = first.offset
-            output.token_ids[:] = [first.token_id, token.token_id]
-            if logprobs is not None:
-                del output.logprobs[:]
-                output.logprobs.extend([first.logprobs, logprobs])
+            output.token_ids.insert(0, first.token_id)
+            if output.logprobs:
+                output.logprobs.insert(0, first.logprobs)
         if decode.began is None:
             self._begin(decode, update)
             output.timing.CopyFrom(decode.timing or fleet_pb2.WorkerTiming())
@@ -131,7 +130,7 @@ class DecodeService:
         self._decodes.remove(decode)
         began = decode.joined_at or decode.began or now
         timing = fleet_pb2.WorkerTiming(phases=[context.phase(job, "decode", began, now)])
-        num_tokens = update.offset + 1 - len(job.spec.output)
+        num_tokens = update.offset + len(update.tokens) - len(job.spec.output)
         context.telemetry.record(
             "decode",
             job.traceparent,

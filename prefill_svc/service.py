@@ -92,7 +92,7 @@ class PrefillService:
             prefill.computed = Computed.of(job, update)
             if prefill.shipment is not None:
                 prefill.shipment.advance(prefill.computed)  # before the token: decode's answer is waited for
-        if update.token is not None:
+        if update.tokens:
             self._send_first_token(job, update)
         if update.is_finished:  # the first token ends the request, or nothing was to follow
             self._end(prefill)
@@ -185,8 +185,7 @@ class PrefillService:
         prefill.job.refuse(Unavailable("nobody took the prompt in time", reason="handoff_hold_expired"))
 
     def _send_first_token(self, job: Job, update: SequenceUpdate) -> None:
-        token, times, context = update.token, update.times, self._context
-        assert token is not None
+        [token], times, context = update.tokens, update.times, self._context
         assert times is not None
         sampled_at = times.prompt_done or 0.0
         logprobs = logprobs_to_wire(token)

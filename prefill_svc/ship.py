@@ -31,12 +31,13 @@ class Computed:
     @classmethod
     def of(cls, job: Job, update: SequenceUpdate) -> Computed:
         first = None
-        if update.token is not None:
+        if update.tokens:
+            [token] = update.tokens
             first = kv_pb2.FirstToken(
                 choice=job.spec.choice,
                 offset=update.offset,
-                token_id=update.token.token_id,
-                logprobs=logprobs_to_wire(update.token),
+                token_id=token.token_id,
+                logprobs=logprobs_to_wire(token),
             )
         return cls(update.num_computed, update.block_ids, first)
 

@@ -53,6 +53,8 @@ class Choice:
         self.state = Req.ACCEPTED
         self.ids: list[int] = []  # at most max_tokens, so bounded
         self.logprobs: list[inference_pb2.TokenLogprobs] = []
+        self.draft_tokens = 0  # of all its attempts, as far as they told
+        self.accepted_draft_tokens = 0
         self.finish_reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED
         self.timeline = Timeline()
         self.failed_at: set[bytes] = set()  # incarnations of workers that an attempt failed at
@@ -96,6 +98,8 @@ class Choice:
                 return "tokens without their log-probabilities"
             self.logprobs.extend(output.logprobs[overlap:])
         self.ids.extend(fresh)
+        self.draft_tokens += output.draft_tokens
+        self.accepted_draft_tokens += output.accepted_draft_tokens
         if fresh:
             self._changed.set()
         return ""

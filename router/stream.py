@@ -43,13 +43,16 @@ class ChoiceStream:
 def summary_of(choices: Sequence[Choice], streams: Sequence[ChoiceStream], queued_at: float, ended_at: float) -> pb.Summary:
     """The last message of a stream; phases, cache and transfer are those of choice 0."""
     plan, timeline = choices[0].plan, choices[0].timeline
+    num_sent = sum(s.num_sent for s in streams)
     return pb.Summary(
         request_id=plan.request_id,
         seed=plan.sampling.seed,
         usage=pb.Usage(
             prompt_tokens=len(plan.prompt),
             cached_prompt_tokens=min(timeline.cached_tokens, len(plan.prompt)),
-            generated_tokens=sum(s.num_sent for s in streams),
+            generated_tokens=num_sent,
+            draft_tokens=sum(c.draft_tokens for c in choices),
+            accepted_draft_tokens=min(num_sent, sum(c.accepted_draft_tokens for c in choices)),  # some came after a stop string
         ),
         phases=phases_of(choices[0], queued_at, ended_at),
         kv_transfer=timeline.kv_transfer,

@@ -14,7 +14,9 @@ from splitfire.core.model_dir import ModelDir
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
+from splitfire.engine.drafting import Speculator
 from splitfire.engine.engine import Engine, SequenceUpdate
+from splitfire.engine.kernels.sample import SampledToken
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.pool import TORCH_DTYPES, KvPool
@@ -44,10 +46,11 @@ def make_engine(
     num_blocks: int = 128,
     chunk_tokens: int = 512,
     max_running: int = 16,
+    speculator: Speculator | None = None,
 ) -> Engine:
     layout = KvLayout(dtype, model.config.num_layers, model.config.num_kv_heads, model.config.head_dim, block_size)
     runner = Runner(model, KvPool(layout, num_blocks, torch.device("cpu")))
-    return Engine(runner, BlockPool(num_blocks), Budget(chunk_tokens, max_running), clock=lambda: 0.0)
+    return Engine(runner, BlockPool(num_blocks), Budget(chunk_tokens, max_running), lambda: 0.0, speculator)
 
 
 def make_spec(
@@ -82,9 +85,17 @@ def drain(engine: Engine, max_steps: int = 10_000) -> list[SequenceUpdate]:
 
 
 def tokens_of(updates: Sequence[SequenceUpdate], spec: SequenceSpec) -> list[int]:
-    mine = [u for u in updates if u.seq_id == spec.seq_id and u.token is not None]
-    assert [u.offset for u in mine] == list(range(len(spec.output), len(spec.output) + len(mine)))
-    return [u.token.token_id for u in mine if u.token is not None]
+    return [token.token_id for token in sampled_of(updates, spec)]
+
+
+def sampled_of(updates: Sequence[SequenceUpdate], spec: SequenceSpec) -> list[SampledToken]:
+    """Every token of one sequence; offsets without a gap or a repeat (P2)."""
+    sampled: list[SampledToken] = []
+    for update in updates:
+        if update.seq_id == spec.seq_id and update.tokens:
+            assert update.offset == len(spec.output) + len(sampled)
+            sampled += update.tokens
+    return sampled
 
 
 def assert_no_leaks(engine: Engine) -> None:

@@ -93,12 +93,16 @@ class Answer:
     logprobs: dict[int, Any] = field(default_factory=dict)
     finished: list[fleet_pb2.Finished] = field(default_factory=list)
     refusals: list[fleet_pb2.Refused] = field(default_factory=list)
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
     def output(self, output: fleet_pb2.SequenceOutput) -> None:
         for i, token in enumerate(output.token_ids):
             assert self.tokens.setdefault(output.offset + i, token) == token, "two tokens for one place"
             if output.logprobs:
                 self.logprobs[output.offset + i] = output.logprobs[i]
+        self.draft_tokens += output.draft_tokens
+        self.accepted_draft_tokens += output.accepted_draft_tokens
 
     def refused(self, refused: fleet_pb2.Refused) -> None:
         self.refusals.append(refused)

@@ -30,6 +30,8 @@ def print_waterfall(console: Console, summary: pb.Summary) -> None:
     console.print(table)
     usage = summary.usage
     line = f"{usage.prompt_tokens} prompt tokens ({usage.cached_prompt_tokens} cached), {usage.generated_tokens} generated, seed {summary.seed}"
+    if usage.draft_tokens:
+        line += f"; drafts: {usage.accepted_draft_tokens} of {usage.draft_tokens} accepted"
     if summary.HasField("kv_transfer"):
         moved = summary.kv_transfer
         line += (

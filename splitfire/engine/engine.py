@@ -2,7 +2,8 @@
 
 Life of a sequence here:
  1. `add` queues it, or `reserve` lends blocks for one whose KV will arrive, and `join` puts it into the running batch.
- 2. `step` schedules slices, runs the model, appends sampled tokens, and reports what happened as `SequenceUpdate`s.
+ 2. `step` asks for drafts, schedules slices, runs the model, appends the drawn tokens (those drafts that were right, and one
+    more), and reports what happened as `SequenceUpdate`s.
  3. A PREFILL sequence is held after its first token, until `finish`; a GENERATE sequence finishes by itself.
  4. `finish` ends any sequence at any time; its blocks are free when it returns.
 
@@ -13,13 +14,14 @@ The lock guards scheduler and block pool. It is never held while the model runs,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitfire.core.hashing import BlockHash
 from splitfire.core.lifecycle import Seq as SeqState
 from splitfire.engine.blocks import BlockId, BlockPool, BlockState
+from splitfire.engine.drafting import Draft, Speculator, Verified
 from splitfire.engine.kernels.sample import SampledToken
 from splitfire.engine.runner import Drawn, Runner
 from splitfire.engine.scheduler import Budget, Scheduler, Slice
@@ -36,8 +38,10 @@ class SequenceUpdate:
     seq_id: SeqId
     num_computed: int
     block_ids: tuple[BlockId, ...]  # of a PREFILL sequence, for shipping; else empty
-    offset: int  # of `token` among all output tokens
-    token: SampledToken | None = None
+    offset: int  # of the first of `tokens` among all output tokens
+    tokens: tuple[SampledToken, ...] = ()
+    num_drafted: int = 0
+    num_accepted: int = 0  # drafts that are among `tokens`
     is_finished: bool = False
     stopped: bool = False  # finished by a stop token rather than by length
     error: str = ""  # the sequence failed alone
@@ -50,8 +54,16 @@ class StepResult:
     """What one step did, in the order of its sequences."""
 
     updates: tuple[SequenceUpdate, ...]
-    num_tokens: int
+    num_rows: int
     duration_s: float
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """Tokens one drafter proposed, as far as they were verified, and how many of them were right."""
+
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -82,7 +94,14 @@ class EngineLoad:
 class Engine:
     """One model, one pool. `step`, `add`, `join` and `finish` belong to the engine thread; the rest may be called anywhere."""
 
-    def __init__(self, runner: Runner, blocks: BlockPool, budget: Budget, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        blocks: BlockPool,
+        budget: Budget,
+        clock: Callable[[], float],
+        speculator: Speculator | None = None,
+    ) -> None:
         self.runner = runner
         self.blocks = blocks
         self.lock = threading.Lock()
@@ -94,6 +113,8 @@ class Engine:
         self._num_reserved = 0
         self._prefill_rate = 0.0
         self._decode_rate = 0.0
+        self._speculator = speculator
+        self._draft_counts: dict[str, DraftCounts] = {}
         self.on_started: Callable[[tuple[SeqId, ...]], None] = lambda ids: None
 
     # -- engine thread
@@ -129,12 +150,14 @@ class Engine:
         if sequence is not None:
             with self.lock:
                 self._scheduler.finish(sequence)
+            self._forget(seq_id)
 
     def step(self) -> StepResult:
         """Computes one step. Blocks for as long as the model takes."""
         began = self._clock()
+        drafts = self._propose()
         with self.lock:
-            slices = self._scheduler.schedule(self._chunk_limit())
+            slices = self._scheduler.schedule(self._chunk_limit(), drafts)
         if not slices:
             return StepResult((), 0, 0.0)
         starting = [piece.sequence for piece in slices if piece.sequence.times.started is None]
@@ -145,12 +168,11 @@ class Engine:
         drawn = self.runner.run(slices)
         ended = self._clock()
         with self.lock:
-            for i, piece in enumerate(slices):
-                if i not in drawn or drawn[i].token is not None:  # what is not finite is shared with nobody
-                    self._scheduler.computed(piece)
             updates = tuple(self._update(piece, drawn.get(i), ended) for i, piece in enumerate(slices))
-        self._measure(slices, ended - began)
-        return StepResult(updates, sum(s.end - s.begin for s in slices), ended - began)
+        result = StepResult(updates, sum(s.num_rows for s in slices), ended - began)
+        self._measure(slices, result)
+        self._learn(slices, drafts, result)
+        return result
 
     # -- any thread
 
@@ -205,7 +227,45 @@ class Engine:
                 decode_tokens_per_s=self._decode_rate,
             )
 
+    def draft_counts(self) -> dict[str, DraftCounts]:
+        """By drafter."""
+        with self.lock:
+            return {source: replace(counts) for source, counts in self._draft_counts.items()}
+
     # -- inside
+
+    def _propose(self) -> Mapping[SeqId, Draft]:
+        """Drafts for whoever decodes; the scheduler cuts them."""
+        if self._speculator is None:
+            return {}
+        decoding = [s for s in self._scheduler.running if s.is_decoding and s.spec.purpose is Purpose.GENERATE]
+        room = self._budget.chunk_tokens + self._budget.max_running - len(decoding)
+        return self._speculator.propose(decoding, room) if decoding else {}
+
+    def _learn(self, slices: Seq[Slice], drafts: Mapping[SeqId, Draft], result: StepResult) -> None:
+        """Tells the speculator what became of its drafts, and who has ended."""
+        if self._speculator is None:
+            return
+        verified = []
+        with self.lock:
+            for piece, update in zip(slices, result.updates, strict=True):
+                if not piece.decodes or update.error:
+                    continue
+                draft = replace(drafts[update.seq_id], token_ids=piece.drafts) if piece.drafts else None
+                ids = tuple(token.token_id for token in update.tokens)
+                verified.append(Verified(update.seq_id, draft, update.num_accepted, ids))
+                if draft is not None:
+                    counts = self._draft_counts.setdefault(draft.source, DraftCounts())
+                    counts.num_drafted += update.num_drafted
+                    counts.num_accepted += update.num_accepted
+        self._speculator.verified(verified, result.num_rows, result.duration_s)
+        for update in result.updates:
+            if update.is_finished:
+                self._speculator.forget(update.seq_id)
+
+    def _forget(self, seq_id: SeqId) -> None:
+        if self._speculator is not None:
+            self._speculator.forget(seq_id)
 
     def _chunk_limit(self) -> int | None:
         """Tokens that MAX_CHUNK_S is enough for at the measured rate, in whole blocks; None until measured."""
@@ -219,22 +279,25 @@ class Engine:
         return sequence
 
     def _update(self, piece: Slice, drawn: Drawn | None, ended: float) -> SequenceUpdate:
-        """Appends the drawn token and moves the sequence on. Under the lock."""
+        """Appends the drawn tokens and moves the sequence on. Under the lock."""
         sequence, spec = piece.sequence, piece.sequence.spec
         offset = sequence.num_output
         is_first = offset == len(spec.output)
         for_shipping = spec.purpose is Purpose.PREFILL
         block_ids = tuple(sequence.block_ids) if for_shipping else ()
         if drawn is None:
+            self._scheduler.computed(piece)
             return SequenceUpdate(spec.seq_id, sequence.num_computed, block_ids, offset)
-        if drawn.token is None:
+        if not drawn.tokens:  # what is not finite is shared with nobody
             self.blocks.forget(sequence.block_ids)  # whoever asks the same again would fail of the same KV
             self._end(sequence)
             return SequenceUpdate(spec.seq_id, sequence.num_computed, (), offset, is_finished=True, error=drawn.error)
         if is_first:
             sequence.times.prompt_done = ended
-        sequence.tokens.append(drawn.token.token_id)
-        stopped = drawn.token.token_id in spec.stopping.stop_token_ids
+        sequence.tokens.extend(token.token_id for token in drawn.tokens)
+        num_sure = len(drawn.tokens) - 1  # the last one has no KV, also where it is a draft too
+        self._scheduler.computed(piece, num_sure)
+        stopped = sequence.tokens[-1] in spec.stopping.stop_token_ids
         is_finished = stopped or sequence.num_output >= spec.stopping.max_tokens
         if is_finished:
             self._end(sequence)
@@ -245,7 +308,9 @@ class Engine:
             sequence.num_computed,
             block_ids,
             offset,
-            token=drawn.token,
+            tokens=drawn.tokens,
+            num_drafted=len(piece.drafts),
+            num_accepted=num_sure + (piece.drafts[num_sure : num_sure + 1] == (sequence.tokens[-1],)),
             is_finished=is_finished,
             stopped=stopped,
             num_cached=sequence.num_cached,
@@ -257,12 +322,13 @@ class Engine:
         self._scheduler.finish(sequence)
         assert sequence.state is SeqState.FINISHED
 
-    def _measure(self, slices: Seq[Slice], duration_s: float) -> None:
-        """Running rates of steps that only compute prompts or only decode; mixed steps tell neither."""
-        num_tokens = sum(s.end - s.begin for s in slices)
-        decoding = sum(s.end - s.begin == 1 for s in slices)
-        rate = num_tokens / max(duration_s, 1e-9)
-        if decoding == 0:
+    def _measure(self, slices: Seq[Slice], result: StepResult) -> None:
+        """Running rates of steps that only compute prompts (their tokens) or only decode (tokens got); mixed steps tell neither."""
+        duration_s = max(result.duration_s, 1e-9)
+        num_decoding = sum(s.end - s.begin == 1 for s in slices)
+        if num_decoding == 0:
+            rate = result.num_rows / duration_s
             self._prefill_rate += (RATE_SMOOTHING if self._prefill_rate else 1.0) * (rate - self._prefill_rate)
-        elif decoding == len(slices):
+        elif num_decoding == len(slices):
+            rate = sum(len(update.tokens) for update in result.updates) / duration_s
             self._decode_rate += (RATE_SMOOTHING if self._decode_rate else 1.0) * (rate - self._decode_rate)

@@ -1,23 +1,29 @@
 """Which sequences compute how many tokens in the next step. Pure: no tensors, no clock, no threads.
 
 One rule serves both roles: every sequence that decodes goes first (one token each), then prompts share what is left of the
-token budget in chunks. A sequence that needs a block when none is left makes room by preempting the newest of the lowest
+token budget in chunks. Drafts come last: they fill the step up to `chunk_tokens + max_running` rows, so that they take nothing
+from prompts and always have as many rows as there may be sequences, and they never make anybody give way: a draft is cut to the
+blocks that are there, and to what the sequence may still get. What it does not need after all goes back after the step.
+A sequence that needs a block when none is left makes room by preempting the newest of the lowest
 class; a preempted sequence gives all its blocks back and computes again later, its tokens kept. The oldest of the
 highest class is never preempted, so there is always progress.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from splitfire.core.lifecycle import Seq, SeqEvent
 from splitfire.engine.blocks import BlockPool
+from splitfire.engine.drafting import Draft
 from splitfire.engine.sequence import Purpose, SeqId, Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bounds of one step. Prompts get what decoding sequences leave of `chunk_tokens`."""
+    """Bounds of one step. Prompts get what decoding sequences leave of `chunk_tokens`; with drafts a step has at most
+    `chunk_tokens + max_running` rows."""
 
     chunk_tokens: int
     max_running: int
@@ -25,11 +31,18 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Tokens [begin, end) of one sequence, computed in this step; `samples` when they reach its end."""
+    """Tokens [begin, end) of one sequence, computed in this step, and `drafts` that may follow them. `samples` when they reach
+    its end: then there is a token to draw after the last of them and after each draft."""
 
     sequence: Sequence
     begin: int
     end: int
+    decodes: bool = False  # the newest token alone; only these have drafts
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.end - self.begin + len(self.drafts)
 
     @property
     def samples(self) -> bool:
@@ -79,17 +92,18 @@ class Scheduler:
         sequence.advance(SeqEvent.HOLD)
         self.held[sequence.spec.seq_id] = sequence
 
-    def schedule(self, limit: int | None = None) -> list[Slice]:
+    def schedule(self, limit: int | None = None, drafts: Mapping[SeqId, Draft] | None = None) -> list[Slice]:
         """The next step, blocks allocated; prompts fill it up to `limit` tokens. Empty when there is nothing that can run."""
         slices: dict[SeqId, Slice] = {}
         left = min(self.budget.chunk_tokens, limit or self.budget.chunk_tokens)
         for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
             if sequence.state is not Seq.RUNNING or (left == 0 and not sequence.is_decoding):
                 continue  # preempted to make room for one before it, or a prompt that has to wait
-            end = sequence.num_computed + (1 if sequence.is_decoding else self._chunk(sequence, left))
+            decodes = sequence.is_decoding
+            end = sequence.num_computed + (1 if decodes else self._chunk(sequence, left))
             if not self._make_room(sequence, end, slices):
                 continue
-            slices[sequence.spec.seq_id] = Slice(sequence, sequence.num_computed, end)
+            slices[sequence.spec.seq_id] = Slice(sequence, sequence.num_computed, end, decodes)
             left = max(0, left - (end - sequence.num_computed))
         while left and self.waiting and len(self.running) < self.budget.max_running:
             admitted = self._admit(self.waiting[0], left)
@@ -97,16 +111,37 @@ class Scheduler:
                 break
             slices[admitted.sequence.spec.seq_id] = admitted
             left -= admitted.end - admitted.begin
+        if drafts:
+            self._add_drafts(slices, drafts, min(self.budget.chunk_tokens, limit or self.budget.chunk_tokens))
         return list(slices.values())
 
-    def computed(self, piece: Slice) -> None:
-        """The step has written this slice's KV: full blocks become shareable."""
+    def computed(self, piece: Slice, num_accepted: int = 0) -> None:
+        """The step has written the KV of this slice and of the first `num_accepted` drafts, which are tokens by now: full blocks
+        become shareable. KV of the other drafts is written over by what follows; blocks taken for nothing else are given back."""
         sequence = piece.sequence
-        sequence.num_computed = piece.end
+        sequence.num_computed = piece.end + num_accepted
         full = sequence.num_computed // sequence.block_size
         for block in range(sequence.num_committed_blocks, full):
             self.pool.commit(sequence.block_ids[block], sequence.name_of(block))
         sequence.num_committed_blocks = max(sequence.num_committed_blocks, full)
+        if piece.drafts:
+            kept = -(-sequence.num_tokens // sequence.block_size)
+            self.pool.release(sequence.block_ids[kept:])
+            del sequence.block_ids[kept:]
+
+    def _add_drafts(self, slices: dict[SeqId, Slice], drafts: Mapping[SeqId, Draft], chunk_tokens: int) -> None:
+        """Appends to the slices of decoding sequences as much of their drafts as fits."""
+        left = chunk_tokens + self.budget.max_running - sum(piece.num_rows for piece in slices.values())
+        for seq_id, draft in drafts.items():
+            piece = slices.get(seq_id)
+            if piece is None or not piece.decodes:
+                continue
+            sequence = piece.sequence
+            room = (len(sequence.block_ids) + self.pool.num_available) * sequence.block_size - piece.end
+            count = min(len(draft.token_ids), sequence.num_left - 1, room, left)
+            if count > 0 and self._grow(sequence, piece.end + count):
+                slices[seq_id] = replace(piece, drafts=draft.token_ids[:count])
+                left -= count
 
     def _chunk(self, sequence: Sequence, left: int) -> int:
         """Tokens to compute now; a chunk that does not finish ends on a block boundary, so that whole blocks can ship."""

@@ -1,7 +1,8 @@
 """A sequence: the tokens of one choice of one request, and how far they are computed. Owned by the engine thread.
 
 `num_tokens` is what there is, `num_computed` what has KV; a step computes a slice of the gap. A prompt chunk, a decode
-step and a verification are the same thing with other numbers.
+step and a verification are the same thing with other numbers. Drafts are never among `tokens`: a step carries them along, and
+only those that turn out to be what the sampler draws become tokens.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - len(self.spec.prompt)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens it may still get."""
+        return self.spec.stopping.max_tokens - self.num_output
 
     @property
     def num_missing(self) -> int:

@@ -83,6 +83,8 @@ class RouterLink:
             known = unsent.offset + len(unsent.token_ids) - output.offset
             unsent.token_ids.extend(output.token_ids[known:])
             unsent.logprobs.extend(output.logprobs[known:])
+            unsent.draft_tokens += output.draft_tokens
+            unsent.accepted_draft_tokens += output.accepted_draft_tokens
             if output.HasField("timing"):
                 unsent.timing.MergeFrom(output.timing)
         self._has_frames.set()

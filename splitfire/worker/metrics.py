@@ -26,7 +26,7 @@ class WorkerMetrics:
 
     def collect(self) -> list[Metric]:
         """Everything, as it is now."""
-        return [*self._pairs(), *self._transfers(), *self._memory()]
+        return [*self._pairs(), *self._transfers(), *self._drafts(), *self._memory()]
 
     def _pairs(self) -> list[Metric]:
         pairs = [((p.peer.worker_id, p.transport, p.rates.path), p.rates) for p in self.reporter.pairs]
@@ -46,6 +46,15 @@ class WorkerMetrics:
             counter("handoff", "Hand-offs that ended", ("side", "outcome"), endings),
             counter("handoff_bytes", "KV bytes of hand-offs that ended", ("side",), moved),
             counter("frames_dropped", "Frames and offers that were not taken", ("reason",), dropped),
+        ]
+
+    def _drafts(self) -> list[Metric]:
+        counts = self.engine.draft_counts()
+        drafted = [((source,), count.num_drafted) for source, count in counts.items()]
+        accepted = [((source,), count.num_accepted) for source, count in counts.items()]
+        return [
+            counter("draft_tokens", "Tokens that a drafter proposed and a step verified", ("source",), drafted),
+            counter("accepted_draft_tokens", "Those of them that were right", ("source",), accepted),
         ]
 
     def _memory(self) -> list[Metric]:

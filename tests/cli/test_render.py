@@ -49,6 +49,14 @@ def test_the_waterfall_is_to_scale_and_never_runs_over() -> None:
     assert bars["decode"][1] - bars["prefill"][1] == bars["prefill"][0]
 
 
+def test_drafts_are_told_where_there_were_any() -> None:
+    for drafted, said in ((0, "seed 3\n"), (40, "seed 3; drafts: 31 of 40 accepted\n")):
+        usage = pb.Usage(generated_tokens=64, draft_tokens=drafted, accepted_draft_tokens=31 if drafted else 0)
+        screen, text = console()
+        print_waterfall(screen, pb.Summary(usage=usage, seed=3))
+        assert text.getvalue().replace("\n", " ").strip().endswith(said.strip())
+
+
 def test_a_pair_is_one_line_and_loud_when_it_takes_the_network_for_nothing() -> None:
     pair = pb.Pair(
         prefill_worker_id="p[0]", decode_worker_id="d0", transport="ucx", path="shared memory", bytes_per_s=8e9, round_trip_s=5e-6

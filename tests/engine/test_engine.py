@@ -69,7 +69,7 @@ def test_a_prefix_cache_changes_time_and_never_tokens(llama: Transformer) -> Non
     engine.add(again)
     updates = drain(engine)
     assert tokens_of(updates, again) == before
-    assert next(u.num_cached for u in updates if u.token is not None) == 192
+    assert next(u.num_cached for u in updates if u.tokens) == 192
 
 
 def test_resume_continues_where_another_attempt_stopped(llama: Transformer) -> None:
@@ -166,7 +166,7 @@ def test_nan_logits_isolated(llama: Transformer, monkeypatch: pytest.MonkeyPatch
 
 def test_kv_of_a_sequence_that_is_not_finite_is_shared_with_nobody(llama: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(llama)
-    monkeypatch.setattr(runner_module, "_draw", lambda logits, rows: [Drawn(None, "nonfinite_logits") for _ in rows])
+    monkeypatch.setattr(runner_module, "draw", lambda logits, pieces: [Drawn((), "nonfinite_logits") for _ in pieces])
     engine.add(make_spec(prompt(100), 5))
     updates = drain(engine)
     assert updates[-1].error == "nonfinite_logits"

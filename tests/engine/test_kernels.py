@@ -250,3 +250,14 @@ def test_outlier_channels_of_keys_cost_int8_little(varies: bool, seed: int) -> N
     theirs = attend_all(write_all(cast, still, torch.float32))
     noise = [(out - exact).square().sum() / exact.square().sum() for out in (ours, theirs)]
     assert 10 * math.log10(noise[1] / noise[0]) >= 10
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_rows_before_one_that_is_not_finite_do_not_know_of_it(window: int | None) -> None:
+    """A draft that is wrong may have any KV; the row that finds it wrong stands before it. The rows after it see it."""
+    q, cache, [span], [kv] = attention_case([(QUERY_TILE + 20, QUERY_TILE + 50)])
+    at = 30 + QUERY_TILE + 4
+    cache[span.block_ids[at // BLOCK], 1, 1, at % BLOCK, 3] = float("nan")
+    out = attend(q, LayerCache(cache, None), plan_attention([span], CPU), DIM**-0.5, window)
+    torch.testing.assert_close(out[: at - 30], reference(q, kv, window)[: at - 30], rtol=1e-5, atol=1e-5)
+    assert out[at - 30 :, GROUP : 2 * GROUP].isnan().any(-1).all()

@@ -41,7 +41,7 @@ def prefill(engine: Engine, tokens: list[int]) -> SequenceUpdate:
     """Computes and holds a prompt; the update with its first token."""
     spec = make_spec(tokens, 99, purpose=Purpose.PREFILL)
     engine.add(spec)
-    return next(u for u in drain(engine) if u.seq_id == spec.seq_id and u.token is not None)
+    return next(u for u in drain(engine) if u.seq_id == spec.seq_id and u.tokens)
 
 
 def hand_off(
@@ -57,9 +57,9 @@ def hand_off(
     received = unpack(there, reservation.block_ids, payload)
     assert received == sums
     target.commit(reservation, 0, len(update.block_ids), spec.block_hashes)
-    assert update.token is not None
+    [first] = update.tokens
     ids: list[int] = list(reservation.block_ids)
-    target.join(reservation, update.token.token_id)
+    target.join(reservation, first.token_id)
     return ids
 
 
@@ -116,9 +116,9 @@ def test_what_a_quantised_cache_holds_does_not_depend_on_where_chunks_end(llama:
     for chunk_tokens in (17, 64, 512):
         engine = make_engine(llama, dtype=dtype, chunk_tokens=chunk_tokens)
         update = prefill(engine, prompt(150))
-        held.append((dequantised(engine.runner.pool, update.block_ids, 150), update.token))
-    for kv, token in held[1:]:
-        assert token == held[0][1]
+        held.append((dequantised(engine.runner.pool, update.block_ids, 150), update.tokens))
+    for kv, tokens in held[1:]:
+        assert tokens == held[0][1]
         assert ((kv - held[0][0]).abs() > 1e-5).double().mean() < 0.002
 
 
@@ -146,7 +146,7 @@ def test_preemption_and_prefixes_work_in_a_quantised_pool(llama: Transformer, dt
     again = make_spec([*prompt(60, 0), *answers[0][0]], 8)
     roomy.add(again)
     updates = drain(roomy)
-    assert next(u.num_cached for u in updates if u.token is not None) == 96
+    assert next(u.num_cached for u in updates if u.tokens) == 96
     fresh, same = make_engine(llama, dtype=dtype), make_spec([*prompt(60, 0), *answers[0][0]], 8)
     fresh.add(same)
     assert tokens_of(updates, again) == tokens_of(drain(fresh), same)

@@ -236,17 +236,22 @@ class SimRunner:
         drawn = {}
         for i, piece in enumerate(slices):
             sequence, size = piece.sequence, self.pool.layout.block_size
-            codes = kv_codes(sequence.tokens[: piece.end])
-            blocks = torch.tensor(sequence.block_ids[: -(-piece.end // size)])
+            codes = kv_codes([*sequence.tokens[: piece.end], *piece.drafts])
+            end = len(codes)
+            blocks = torch.tensor(sequence.block_ids[: -(-end // size)])
             cells = self.pool.elements[blocks].permute(0, 4, 1, 2, 3, 5).reshape(len(blocks) * size, -1)  # a row a position
             wanted = torch.tensor(codes, dtype=torch.float32)[:, None]
             wrong = (cells[: piece.begin] != wanted[: piece.begin]).any(1).nonzero()
             if len(wrong):
                 self._violations.append(f"P3: sequence {sequence.spec.seq_id} reads wrong KV at {int(wrong[0])}")
-            at = torch.arange(piece.begin, piece.end)
+            at = torch.arange(piece.begin, end)
             self.pool.elements[blocks[at // size], :, :, :, at % size] = wanted[piece.begin :, :, None, None, None]
             if piece.samples:
-                drawn[i] = Drawn(SampledToken(next_token(codes[-1], piece.end), None, ()))
+                tokens = [next_token(codes[piece.end - 1], piece.end)]
+                while len(tokens) <= len(piece.drafts) and tokens[-1] == piece.drafts[len(tokens) - 1]:
+                    at_next = piece.end + len(tokens)
+                    tokens.append(next_token(codes[at_next - 1], at_next))
+                drawn[i] = Drawn(tuple(SampledToken(token, None, ()) for token in tokens))
         return drawn
 
 

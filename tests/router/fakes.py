@@ -62,13 +62,22 @@ class FakeWorker:
     def submits(self) -> list[fleet_pb2.Submit]:
         return self.frames("submit")  # type: ignore[return-value]
 
-    def output(self, attempt: int, offset: int, ids: Sequence[int], logprobs: int = 0) -> None:
+    def output(
+        self, attempt: int, offset: int, ids: Sequence[int], logprobs: int = 0, *, drafted: int = 0, accepted: int = 0
+    ) -> None:
         events = self.handle.attempts.get(attempt)
         if events is not None:
             one = inference_pb2.TokenLogprobs(chosen=inference_pb2.TokenLogprob(token_id=1, logprob=-1.0))
             events.on_output(
                 self.handle.incarnation,
-                fleet_pb2.SequenceOutput(attempt=attempt, offset=offset, token_ids=ids, logprobs=[one] * logprobs),
+                fleet_pb2.SequenceOutput(
+                    attempt=attempt,
+                    offset=offset,
+                    token_ids=ids,
+                    logprobs=[one] * logprobs,
+                    draft_tokens=drafted,
+                    accepted_draft_tokens=accepted,
+                ),
             )
 
     def finish(self, attempt: int, reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED) -> None:

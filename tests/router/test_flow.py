@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Coroutine
 
 import pytest
+from tokenizers import Tokenizer
 
 from router.admission import Admission, AdmissionLimits
 from router.choice import Choice, RequestPlan
 from router.fleet import Fleet
 from router.flow import Flow
 from router.placement import Placement, Split
+from router.stream import ChoiceStream, summary_of
+from router.text import TextStream
 from splitfire.core.errors import Code, DataLoss, SplitfireError
 from splitfire.core.hashing import chain_root, hash_blocks
 from splitfire.core.lifecycle import Req
@@ -200,6 +203,28 @@ def test_decode_death_is_resumed_elsewhere_with_the_tokens_streamed(streamed: in
         assert asked.choice.ids == [7, 8, 9, 10, 11]
         assert any(f.reason for f in p.frames("cancel"))  # type: ignore[attr-defined]
         desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_drafts_are_counted_over_all_attempts_and_never_above_what_was_delivered() -> None:
+    async def scene() -> None:
+        desk = Desk(prefills=1, decodes=2)
+        asked = desk.ask()
+        d, submit = await dispatched(*desk.decodes)
+        d.output(submit.attempt, 0, [7, 8, 9], drafted=4, accepted=1)
+        d.die()
+        other = next(w for w in desk.decodes if w is not d)
+        _, again = await dispatched(other)
+        other.output(again.attempt, 3, [10, 11], drafted=3, accepted=1)
+        other.finish(again.attempt, LENGTH)
+        await asked.task
+        stream = ChoiceStream(asked.choice, TextStream(Tokenizer.from_file(str(ModelDir(PICO).tokenizer_path)), ()))
+        stream.take()
+        usage = summary_of([asked.choice], [stream], 0.0, 0.0).usage
+        assert (usage.draft_tokens, usage.accepted_draft_tokens, usage.generated_tokens) == (7, 2, 5)
+        asked.choice.accepted_draft_tokens = 9  # a stop string cut the answer in the middle of a frame
+        assert summary_of([asked.choice], [stream], 0.0, 0.0).usage.accepted_draft_tokens == 5
 
     play(scene())
 

@@ -13,10 +13,12 @@ import torch
 from kvtransfer.sender import Sender
 from prefill_svc import ship
 from splitfire.core.sampling import SamplingParams
+from splitfire.engine.drafting import Draft, Verified
 from splitfire.engine.engine import Engine, Reservation
 from splitfire.engine.kernels.pack import block_sums
 from splitfire.engine.kernels.sample import noise_key
-from splitfire.engine.sequence import Purpose
+from splitfire.engine.sequence import Purpose, SeqId
+from splitfire.engine.sequence import Sequence as EngineSequence
 from splitfire.v1 import fleet_pb2, inference_pb2, kv_pb2
 from tests.checkpoints import VOCAB, assert_greedy, family_configs, save_checkpoint
 from tests.engines import load_model, make_engine, make_spec
@@ -371,6 +373,59 @@ def test_a_first_token_that_is_none_is_refused_and_everything_freed(
         assert [r.reason for r in answer.refusals] == ["handoff_failed"]
         assert "bad_first_token" in answer.refusals[0].message
         rig.cancel(answer)
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+class Echo:
+    """Proposes what the sequence's own answer was; every third time with a wrong token in it."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer = answer
+        self.num_proposed = 0
+
+    def propose(self, decoding: Sequence[EngineSequence], room: int) -> dict[SeqId, Draft]:
+        self.num_proposed += 1
+        drafts = {}
+        for sequence in decoding:
+            following = self.answer[sequence.num_output :][:4]
+            if self.num_proposed % 3 == 0:
+                following[1:2] = [4000]
+            if following:
+                drafts[sequence.spec.seq_id] = Draft(tuple(following), "echo")
+        return drafts
+
+    def verified(self, results: Sequence[Verified], num_rows: int, duration_s: float) -> None: ...
+
+    def forget(self, seq_id: SeqId) -> None: ...
+
+
+def test_drafts_after_a_hand_off_change_nothing_and_are_counted(llama: Path) -> None:
+    """First token again in the first frame, log-probabilities with every token, whatever the number of tokens in a frame."""
+    model = load_model(llama)
+    sampling = SamplingParams(temperature=0.8, seed=4, logprobs=2, repetition_penalty=1.2)
+    prompt = prompts("drafts", (77,))[0]
+
+    async def scene() -> None:
+        plain = Rig(make_engine(model), make_engine(model))
+        expected = plain.ask(prompt, 30, sampling=sampling)
+        await until(lambda: expected.end is not None)
+        await plain.settle()
+        plain.close()
+        rig = Rig(make_engine(model), make_engine(model, speculator=Echo(expected.ids())))
+        for part in (None, WHOLE):
+            answer = rig.ask(prompt, 30, sampling=sampling, part=part)
+            await until(lambda a=answer: a.end is not None)  # type: ignore[misc]
+            assert answer.ids() == expected.ids()
+            assert sorted(answer.logprobs) == list(range(30))
+            for i, scored in answer.logprobs.items():
+                assert scored.chosen.token_id == expected.ids()[i]
+                assert scored.chosen.logprob == pytest.approx(expected.logprobs[i].chosen.logprob, abs=1e-4)
+            assert 15 < answer.accepted_draft_tokens < answer.draft_tokens
+        counts = rig.decode.engine.draft_counts()["echo"]
+        assert counts.num_drafted > counts.num_accepted > 30
         await rig.settle()
         rig.close()
 

@@ -113,6 +113,15 @@ def test_a_stream_that_the_router_ends_is_dialled_again(end_attach: End, end_rep
     asyncio.run(scene())
 
 
+def test_what_was_not_sent_yet_is_merged_and_drafts_are_added_up() -> None:
+    link = RouterLink(LinkOptions("nowhere:1"), Side(), lambda _error: None)
+    link.output(fleet_pb2.SequenceOutput(attempt=1, offset=0, token_ids=[7, 8], draft_tokens=3, accepted_draft_tokens=1))
+    link.output(fleet_pb2.SequenceOutput(attempt=1, offset=1, token_ids=[8, 9], draft_tokens=2, accepted_draft_tokens=1))
+    [unsent] = link._outputs.values()
+    assert list(unsent.token_ids) == [7, 8, 9]
+    assert (unsent.draft_tokens, unsent.accepted_draft_tokens) == (5, 2)
+
+
 def test_a_router_that_does_not_want_the_worker_any_more_is_final() -> None:
     async def scene() -> None:
         router, side = Router(with_an_error, never), Side()

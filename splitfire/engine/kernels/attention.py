@@ -141,10 +141,15 @@ def _attend_chunk(q: Tensor, cache: LayerCache, chunk: Chunk, scale: float, wind
         )
         scores = torch.matmul(tile, keys[:, low:last].transpose(1, 2)).mul_(scale).view(num_kv_heads, group, rows, last - low)
         _mask_tile(scores, first, low, last, window)
+        # A weight of zero does not hide a NaN: of a draft that is wrong, the rows before it must not know.
+        own = values[:, first:last]
+        is_bad = ~own.isfinite().all(2)  # [num_kv_heads, rows]
+        own.masked_fill_(is_bad[:, :, None], 0.0)
         mixed = torch.matmul(scores.view(num_kv_heads, group * rows, last - low).softmax(-1), values[:, low:last])
-        out[begin:end] = (
-            mixed.view(num_kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim).to(q.dtype)
-        )
+        mixed = mixed.view(num_kv_heads, group, rows, head_dim)
+        mixed = mixed.masked_fill((is_bad.cumsum(1) > 0)[:, None, :, None], float("nan"))
+        own.masked_fill_(is_bad[:, :, None], float("nan"))  # for the tiles after this one
+        out[begin:end] = mixed.permute(2, 0, 1, 3).reshape(rows, num_heads, head_dim).to(q.dtype)
 
 
 def _mask_tile(scores: Tensor, first: int, low: int, last: int, window: int | None) -> None:
