@@ -30,19 +30,23 @@ class _Shape(ctypes.Structure):
     )  # fmt: skip
 
 
-def _load() -> ctypes.CDLL | None:
+def load_library(name: str, version: int) -> ctypes.CDLL | None:
+    """The library `name`, if it was built and agrees about the version."""
     for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_pack{suffix}")
+        path = Path(__file__).with_name(f"{name}{suffix}")
         if path.exists():
             try:
                 library = ctypes.CDLL(str(path))
             except OSError:  # built for another machine
                 return None
-            return _declare(library) if library.splitfire_version() == VERSION else None
+            return library if library.splitfire_version() == version else None
     return None
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+def _load() -> ctypes.CDLL | None:
+    library = load_library("_pack", VERSION)
+    if library is None:
+        return None
     address, number, numbers = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)
     sums = ctypes.POINTER(ctypes.c_uint64)
     library.splitfire_pack.argtypes = (ctypes.POINTER(_Shape), address, numbers, number, number, address, address, sums)
