@@ -29,9 +29,9 @@ ROOT_HASH = chain_root(b"", b"test", "")
 _ids = itertools.count()
 
 
-def load_model(path: Path, dtype: str = "fp32", context: int | None = None) -> Transformer:
+def load_model(path: Path, dtype: str = "fp32", context: int | None = None, is_int8: bool = False) -> Transformer:
     model = ModelDir(path)
-    weights = load_weights(model, LoadOptions(TORCH_DTYPES[dtype], torch.device("cpu")))
+    weights = load_weights(model, LoadOptions(TORCH_DTYPES[dtype], torch.device("cpu"), is_int8=is_int8))
     config = model.config
     return Transformer(
         config, weights, rope_table(config.rope, config.head_dim, context or config.max_positions, torch.device("cpu"))

@@ -6,12 +6,12 @@ Whatever this version cannot run exactly is refused by name, never approximated.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from splitfire.core import limits
-from splitfire.core.errors import ModelError
+from splitfire.core.json_fields import JsonFields
+from splitfire.core.quant_config import QuantConfig, parse_quant_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -59,6 +59,7 @@ class ModelConfig:
     stored_dtype: str  # bf16, fp16 or fp32
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    quant: QuantConfig | None = None  # how the checkpoint's matrices are stored; None: in bf16, fp16 or fp32
 
     @property
     def num_parameters(self) -> int:
@@ -78,75 +79,14 @@ class GenerationDefaults:
     repetition_penalty: float = 1.0
 
 
-class _Reader:
-    """Typed access to one JSON object; every complaint names file, field and what is accepted."""
-
-    def __init__(self, file: str, values: Mapping[str, object]) -> None:
-        self.file = file
-        self.values = values
-
-    def fail(self, field: str, message: str) -> ModelError:
-        return ModelError(f"{self.file}: {field}: {message}")
-
-    def integer(self, field: str, low: int, high: int, default: int | None = None) -> int:
-        value = self.values.get(field)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.fail(field, f"is {value!r}, accepted: an integer from {low} to {high}")
-        return value
-
-    def number(self, field: str, low: float, high: float, default: float | None = None) -> float:
-        value = self.values.get(field)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high or not math.isfinite(value):
-            raise self.fail(field, f"is {value!r}, accepted: a number from {low} to {high}")
-        return float(value)
-
-    def optional_number(self, field: str, low: float, high: float) -> float | None:
-        return None if self.values.get(field) is None else self.number(field, low, high)
-
-    def boolean(self, field: str, default: bool) -> bool:
-        value = self.values.get(field, default)
-        if not isinstance(value, bool):
-            raise self.fail(field, f"is {value!r}, accepted: true or false")
-        return value
-
-    def string(self, field: str, default: str | None = None) -> str:
-        value = self.values.get(field, default)
-        if not isinstance(value, str):
-            raise self.fail(field, f"is {value!r}, accepted: a string")
-        return value
-
-    def mapping(self, field: str) -> Mapping[str, object] | None:
-        value = self.values.get(field)
-        if value is not None and not isinstance(value, dict):
-            raise self.fail(field, f"is {value!r}, accepted: an object or null")
-        return value
-
-    def token_ids(self, field: str, vocab_size: int) -> tuple[int, ...]:
-        """An id, a list of ids, or null."""
-        value = self.values.get(field)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        for one in ids:
-            if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < vocab_size:
-                raise self.fail(field, f"has {one!r}, accepted: token ids from 0 to {vocab_size - 1}")
-        return tuple(dict.fromkeys(ids))
-
-
 def parse_config(values: Mapping[str, object], generation: Mapping[str, object] | None = None) -> ModelConfig:
     """config.json as a ModelConfig; end-of-sequence ids of generation_config.json are added."""
-    read = _Reader("config.json", values)
+    read = JsonFields("config.json", values)
     if values.get("auto_map"):
         raise read.fail("auto_map", "custom code is never loaded; use a checkpoint whose architecture is built in")
     family = read.string("model_type")
     if family not in FAMILIES:
         raise read.fail("model_type", f"is {family!r}, accepted: {', '.join(FAMILIES)}")
-    if values.get("quantization_config") is not None:
-        raise read.fail(
-            "quantization_config", "quantised checkpoints are not supported by this version; use a bf16, fp16 or fp32 one"
-        )
     for unsupported, off in (("num_local_experts", None), ("num_experts", None), ("partial_rotary_factor", 1.0)):
         if values.get(unsupported, off) not in (None, off):
             raise read.fail(unsupported, f"is {values[unsupported]!r}, not supported by this version")
@@ -170,7 +110,7 @@ def parse_config(values: Mapping[str, object], generation: Mapping[str, object] 
     eos = read.token_ids("eos_token_id", vocab)
     bos = read.token_ids("bos_token_id", vocab)
     if generation is not None:
-        eos = tuple(dict.fromkeys((*eos, *_Reader("generation_config.json", generation).token_ids("eos_token_id", vocab))))
+        eos = tuple(dict.fromkeys((*eos, *JsonFields("generation_config.json", generation).token_ids("eos_token_id", vocab))))
     return ModelConfig(
         family=family,
         vocab_size=vocab,
@@ -192,6 +132,7 @@ def parse_config(values: Mapping[str, object], generation: Mapping[str, object] 
         stored_dtype=_stored_dtype(read),
         eos_token_ids=eos,
         bos_token_id=bos[0] if bos else None,
+        quant=parse_quant_config(read),
     )
 
 
@@ -199,7 +140,7 @@ def parse_generation_defaults(values: Mapping[str, object] | None) -> Generation
     """generation_config.json's sampling defaults; out of range ones are refused by name (B102)."""
     if values is None:
         return GenerationDefaults()
-    read = _Reader("generation_config.json", values)
+    read = JsonFields("generation_config.json", values)
     sampled = read.boolean("do_sample", True)
     temperature = read.number("temperature", 0.0, limits.MAX_TEMPERATURE, default=1.0)
     return GenerationDefaults(
@@ -211,7 +152,7 @@ def parse_generation_defaults(values: Mapping[str, object] | None) -> Generation
     )
 
 
-def _stored_dtype(read: _Reader) -> str:
+def _stored_dtype(read: JsonFields) -> str:
     names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     stored = read.values.get("dtype") or read.values.get("torch_dtype") or "float32"
     if not isinstance(stored, str) or stored not in names:
@@ -219,7 +160,7 @@ def _stored_dtype(read: _Reader) -> str:
     return names[stored]
 
 
-def _windows(read: _Reader, family: str, num_layers: int) -> tuple[int | None, ...]:
+def _windows(read: JsonFields, family: str, num_layers: int) -> tuple[int | None, ...]:
     """Sliding windows per layer, as the families spell them."""
     window = None
     if read.values.get("sliding_window") is not None:
@@ -240,14 +181,14 @@ def _windows(read: _Reader, family: str, num_layers: int) -> tuple[int | None, .
     return tuple(window if layer >= first else None for layer in range(num_layers))
 
 
-def _rope(read: _Reader, positions: int) -> RopeConfig:
+def _rope(read: JsonFields, positions: int) -> RopeConfig:
     parameters = read.mapping("rope_parameters")
     scaling = parameters if parameters is not None else read.mapping("rope_scaling")
     theta_from = parameters if parameters is not None and "rope_theta" in parameters else read.values
-    theta = _Reader("config.json", theta_from).number("rope_theta", 1.0, 1e12, default=10000.0)
+    theta = JsonFields("config.json", theta_from).number("rope_theta", 1.0, 1e12, default=10000.0)
     if scaling is None:
         return RopeConfig("default", theta)
-    inner = _Reader("config.json: rope_scaling", scaling)
+    inner = JsonFields("config.json: rope_scaling", scaling)
     rope_type = inner.string("rope_type", inner.string("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise inner.fail("rope_type", f"is {rope_type!r}, accepted: {', '.join(ROPE_TYPES)}")

@@ -141,7 +141,10 @@ class WorkerSettings(ServiceSettings):
         "", description="name in logs and fleet; default: the role and a random number", max_length=limits.MAX_WORKER_ID_CHARS
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
-    dtype: Dtype = Field("auto", description="of weights and computation; auto: the checkpoint's, fp32 on a CPU without bf16 units")
+    dtype: Dtype = Field("auto", description="of computation, and of weights that are not int8; auto: the checkpoint's, fp32 on a CPU without bf16 units")
+    weights: Literal["auto", "int8"] = Field(
+        "auto", description="of matrices: int8 with a scale for each row, made while loading; auto: the dtype of computation"
+    )
     kv_dtype: KvDtype = Field(
         "auto", description="of the KV pool: bf16, fp16, fp32, int8 or fp8_e4m3; auto: the dtype of computation"
     )

@@ -1,13 +1,17 @@
 """Weights from a model directory: safetensors only, every tensor checked by name, shape and finiteness before use.
 
-Names are those of Hugging Face's Llama layout, which all supported families share. Shards are read by the safetensors
-library into memory of our own, so a file that changes afterwards changes nothing here.
+Tensors are read one matrix at a time into memory of our own, so a file that changes afterwards changes nothing here, and a few rows of
+a matrix at a time where its numbers are stored otherwise than they are to be held: beside the weights there is never more than
+one wide tile (and one fused matrix of a layer).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,134 +20,180 @@ from torch import Tensor
 from splitfire.core.errors import ModelError
 from splitfire.core.model_config import ModelConfig
 from splitfire.core.model_dir import ModelDir, TensorEntry
+from splitfire.core.quant_config import Scheme
+from splitfire.engine.formats.families import FAMILIES
+from splitfire.engine.formats.scales import QuantisedRows
+from splitfire.engine.formats.stored import FLOATS, StoredMatrix
+from splitfire.engine.kernels.linear import Int8Matrix, Matrix, fuse_rows, quantise_rows, row_tiles
 from splitfire.engine.kernels.rope import QkNorm
 from splitfire.engine.models.transformer import LayerWeights, Weights
+from splitfire.engine.tensors import EMBEDDING, HEAD, NORM, CheckedTensors, check_tensors
 
-LOADABLE = ("BF16", "F16", "F32")
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # elements done, elements in all
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
     """How weights are to be held."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype  # of computation
     device: torch.device
     allow_nonfinite: bool = False
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor the checkpoint must hold."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_rows, kv_rows = config.num_heads * dim, config.num_kv_heads * dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    for layer in range(config.num_layers):
-        at = f"model.layers.{layer}."
-        matrices = {
-            "self_attn.q_proj": ((q_rows, hidden), config.qkv_bias),
-            "self_attn.k_proj": ((kv_rows, hidden), config.qkv_bias),
-            "self_attn.v_proj": ((kv_rows, hidden), config.qkv_bias),
-            "self_attn.o_proj": ((hidden, q_rows), config.o_bias),
-            "mlp.gate_proj": ((inner, hidden), config.mlp_bias),
-            "mlp.up_proj": ((inner, hidden), config.mlp_bias),
-            "mlp.down_proj": ((hidden, inner), config.mlp_bias),
-        }
-        for name, (shape, has_bias) in matrices.items():
-            shapes[f"{at}{name}.weight"] = shape
-            if has_bias:
-                shapes[f"{at}{name}.bias"] = shape[:1]
-        shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
-        if config.qk_norm:
-            shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (dim,)
-    return shapes
-
-
-def check_tensors(config: ModelConfig, entries: dict[str, TensorEntry]) -> None:
-    """ModelError naming the first tensor that is missing, extra, of another shape or of a dtype that cannot be loaded."""
-    expected = expected_shapes(config)
-    for name, shape in expected.items():
-        entry = entries.get(name)
-        if entry is None:
-            raise ModelError(f"tensor {name} is missing; config.json asks for it")
-        if entry.shape != shape:
-            raise ModelError(f"{entry.file.name}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}")
-        if entry.dtype not in LOADABLE:
-            raise ModelError(f"{entry.file.name}: tensor {name} is {entry.dtype}, accepted: {', '.join(LOADABLE)}")
-    for name in entries:
-        is_known_leftover = name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
-        if name not in expected and not is_known_leftover:
-            raise ModelError(f"{entries[name].file.name}: tensor {name} is not part of a {config.family} model")
+    is_int8: bool = False  # matrices as Int8Matrix
 
 
 def load_weights(model: ModelDir, options: LoadOptions, progress: Progress | None = None) -> Weights:
     """Reads, checks and fuses all weights. ModelError when anything is not as config.json says."""
-    entries = model.tensors()
-    check_tensors(model.config, entries)
-    tensors = dict(_read_all(entries, expected_shapes(model.config), options, progress))
-    return _assemble(model.config, tensors)
+    checked = check_tensors(model.config, model.tensors())
+    with _Files() as files:
+        loader = _Loader(files, options)
+        for name, entry in checked.zeros.items():
+            loader.require_zero(name, entry)
+        matrices: dict[str, Matrix] = {}
+        vectors: dict[str, Tensor] = {}
+        for matrix in _with_progress(checked, progress):
+            matrices[matrix.name] = loader.matrix(matrix)
+        for name, entry in checked.vectors.items():
+            vectors[name] = loader.plain(name, entry)
+    return _assemble(model.config, matrices, vectors)
 
 
-def _read_all(
-    entries: dict[str, TensorEntry], wanted: dict[str, tuple[int, ...]], options: LoadOptions, progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
-    total = sum(torch.Size(shape).numel() for shape in wanted.values())
+def _with_progress(checked: CheckedTensors, progress: Progress | None) -> Iterator[StoredMatrix]:
+    """Its matrices; vectors are too small to be told of."""
+    total = sum(matrix.rows * matrix.columns for matrix in checked.matrices)
     done = 0
-    for file in dict.fromkeys(entries[name].file for name in wanted):
+    for matrix in checked.matrices:
+        yield matrix
+        done += matrix.rows * matrix.columns
+        if progress is not None:
+            progress(done, total)
+
+
+class _Files:
+    """Opens each file once. Its tensors may be views of the file: nothing of them may outlive this."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def read(self, name: str, entry: TensorEntry) -> Tensor:
         try:
-            with safe_open(str(file), framework="pt", device="cpu") as reader:
-                for name in (n for n in wanted if entries[n].file == file):
-                    tensor = reader.get_tensor(name).to(options.dtype, copy=True)
-                    if not options.allow_nonfinite and not bool(torch.isfinite(tensor).all()):
-                        raise ModelError(
-                            f"{file.name}: tensor {name} has NaN or infinite values; --allow-nonfinite loads it anyway"
-                        )
-                    yield name, tensor.to(options.device)
-                    done += tensor.numel()
-                    if progress is not None:
-                        progress(done, total)
+            if entry.file not in self._open:
+                self._open[entry.file] = self._stack.enter_context(safe_open(str(entry.file), framework="pt", device="cpu"))
+            tensor: Tensor = self._open[entry.file].get_tensor(name)
         except (SafetensorError, OSError) as exc:
-            raise ModelError(f"{file.name}: {exc}") from exc
+            raise ModelError(f"{entry.file.name}: {exc}") from exc
+        return tensor
 
 
-def _assemble(config: ModelConfig, tensors: dict[str, Tensor]) -> Weights:
-    embed = tensors["model.embed_tokens.weight"]
-    layers = tuple(_layer(config, tensors, f"model.layers.{i}.") for i in range(config.num_layers))
-    lm_head = embed if config.tie_word_embeddings else tensors["lm_head.weight"]
-    return Weights(embed, layers, tensors["model.norm.weight"], lm_head)
+class _Loader:
+    """From tensors as they are stored to tensors as they are held."""
+
+    def __init__(self, files: _Files, options: LoadOptions) -> None:
+        self._files = files
+        self._options = options
+
+    def plain(self, name: str, entry: TensorEntry) -> Tensor:
+        """A tensor of floats, in the dtype of computation."""
+        tensor = self._files.read(name, entry).to(self._options.dtype, copy=True)
+        self._require_finite(tensor, name, entry)
+        return tensor.to(self._options.device)
+
+    def matrix(self, matrix: StoredMatrix) -> Matrix:
+        if matrix.scheme is None:
+            name, entry = f"{matrix.name}.weight", matrix.parts["weight"]
+            if not self._options.is_int8:
+                return self.plain(name, entry)
+            weight = self._files.read(name, entry)
+            return self._int8(matrix, lambda begin, end: weight[begin:end].float())
+        rows = self._open(matrix, matrix.scheme)
+        if not self._options.is_int8:
+            return self._dequantised(matrix, rows)
+        as_int8 = rows.as_int8()
+        if as_int8 is None:
+            return self._int8(matrix, rows.dequantise)
+        return Int8Matrix(as_int8.elements.to(self._options.device), as_int8.scales.to(self._options.device))
+
+    def require_zero(self, name: str, entry: TensorEntry) -> None:
+        if bool(self._files.read(name, entry).any()):
+            raise ModelError(f"{entry.file.name}: tensor {name} is not zero, and by config.json the model has no such bias")
+
+    def _open(self, matrix: StoredMatrix, scheme: Scheme) -> QuantisedRows:
+        tensors = {}
+        for part, entry in matrix.parts.items():
+            tensors[part] = self._files.read(f"{matrix.name}.{part}", entry)
+            if entry.dtype in FLOATS:
+                self._require_finite(tensors[part], f"{matrix.name}.{part}", entry)
+        return FAMILIES[scheme.layout].open_rows(matrix, scheme, tensors)
+
+    def _dequantised(self, matrix: StoredMatrix, rows: QuantisedRows) -> Tensor:
+        held = torch.empty(rows.shape, dtype=self._options.dtype, device=self._options.device)
+        for begin, end in row_tiles(rows.shape):
+            tile = rows.dequantise(begin, end).to(self._options.dtype)
+            self._require_finite_rows(tile, matrix)
+            held[begin:end] = tile
+        return held
+
+    def _int8(self, matrix: StoredMatrix, rows: Callable[[int, int], Tensor]) -> Int8Matrix:
+        device = self._options.device
+        elements = torch.empty(matrix.rows, matrix.columns, dtype=torch.int8, device=device)
+        scales = torch.empty(matrix.rows, dtype=torch.float32, device=device)
+        for begin, end in row_tiles(elements.shape):
+            tile = rows(begin, end)
+            self._require_finite_rows(tile, matrix)
+            quantised = quantise_rows(tile)
+            elements[begin:end], scales[begin:end] = quantised.elements, quantised.scales
+        return Int8Matrix(elements, scales)
+
+    def _require_finite_rows(self, rows: Tensor, matrix: StoredMatrix) -> None:
+        part, entry = next(iter(matrix.parts.items()))
+        self._require_finite(rows, f"{matrix.name}.{part}", entry)
+
+    def _require_finite(self, tensor: Tensor, name: str, entry: TensorEntry) -> None:
+        if not self._options.allow_nonfinite and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{entry.file.name}: tensor {name} has NaN or infinite values; --allow-nonfinite loads it anyway")
 
 
-def _layer(config: ModelConfig, tensors: dict[str, Tensor], at: str) -> LayerWeights:
-    """Pops its tensors, so that fused copies do not double the memory."""
+def _assemble(config: ModelConfig, matrices: dict[str, Matrix], vectors: dict[str, Tensor]) -> Weights:
+    embed = matrices[EMBEDDING]
+    layers = tuple(_layer(config, matrices, vectors, f"model.layers.{i}.") for i in range(config.num_layers))
+    lm_head = embed if config.tie_word_embeddings else matrices[HEAD]
+    return Weights(embed, layers, vectors[NORM], lm_head)
 
-    def fuse(names: tuple[str, ...], kind: str) -> Tensor | None:
-        parts = [tensors.pop(f"{at}{name}.{kind}", None) for name in names]
-        present = [part for part in parts if part is not None]
-        if not present:
-            return None
-        return present[0] if len(present) == 1 else torch.cat(present)
 
-    def matrix(*names: str) -> Tensor:
-        fused = fuse(names, "weight")
-        assert fused is not None  # check_tensors has seen them all
-        return fused
+def _layer(config: ModelConfig, matrices: dict[str, Matrix], vectors: dict[str, Tensor], at: str) -> LayerWeights:
+    """Pops its matrices, so that fused copies do not double the memory."""
+
+    def fused(*names: str) -> Matrix:
+        return fuse_rows([matrices.pop(f"{at}{name}") for name in names])
+
+    def bias(*names: str) -> Tensor | None:
+        parts = [vectors[f"{at}{name}.bias"] for name in names if f"{at}{name}.bias" in vectors]
+        return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     gate_up = ("mlp.gate_proj", "mlp.up_proj")
     norm = None
     if config.qk_norm:
-        norm = QkNorm(matrix("self_attn.q_norm"), matrix("self_attn.k_norm"), config.rms_norm_eps)
+        q_norm, k_norm = vectors[f"{at}self_attn.q_norm.weight"], vectors[f"{at}self_attn.k_norm.weight"]
+        norm = QkNorm(q_norm, k_norm, config.rms_norm_eps)
     return LayerWeights(
-        input_norm=matrix("input_layernorm"),
-        qkv=matrix(*qkv),
-        qkv_bias=fuse(qkv, "bias"),
+        input_norm=vectors[f"{at}input_layernorm.weight"],
+        qkv=fused(*qkv),
+        qkv_bias=bias(*qkv),
         qk_norm=norm,
-        out=matrix("self_attn.o_proj"),
-        out_bias=fuse(("self_attn.o_proj",), "bias"),
-        post_norm=matrix("post_attention_layernorm"),
-        gate_up=matrix(*gate_up),
-        gate_up_bias=fuse(gate_up, "bias"),
-        down=matrix("mlp.down_proj"),
-        down_bias=fuse(("mlp.down_proj",), "bias"),
+        out=fused("self_attn.o_proj"),
+        out_bias=bias("self_attn.o_proj"),
+        post_norm=vectors[f"{at}post_attention_layernorm.weight"],
+        gate_up=fused(*gate_up),
+        gate_up_bias=bias(*gate_up),
+        down=fused("mlp.down_proj"),
+        down_bias=bias("mlp.down_proj"),
     )

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from splitfire.core.errors import ConfigError
 from splitfire.core.fingerprint import Fingerprint
-from splitfire.core.layout import DTYPE_BYTES, KvLayout
+from splitfire.core.layout import KvLayout
 from splitfire.core.model_dir import ModelDir, others_who_may_change, weights_digest
 from splitfire.core.model_source import resolve_model
 from splitfire.core.settings import WorkerSettings
@@ -25,13 +25,13 @@ from splitfire.engine.models.transformer import Transformer, Weights
 from splitfire.engine.pool import TORCH_DTYPES, KvPool
 from splitfire.engine.runner import Runner
 from splitfire.engine.scheduler import Budget
+from splitfire.engine.tensors import check_tensors, weight_bytes, weight_format
 
 log = structlog.get_logger("worker")
 # A chunk is long enough to keep the processor busy and short enough that little KV is left to ship when the prompt is done.
 # CPU: of 512 and 256, the shorter one costs 1 % of prefill and halves the gap to token 2 (benchmarks/serve.py handoff).
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 MIN_KV_MEMORY = 128 << 20  # when nobody says how much
-WEIGHT_FORMAT = "plain"  # weights as stored, converted to the dtype of computation
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +66,21 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
         settings.block_size,
     )
     num_blocks = num_blocks_of(settings.kv_memory, layout, max_context)
-    check_memory(config.num_parameters * DTYPE_BYTES[dtype], num_blocks * layout.block_bytes, device)
+    options = LoadOptions(TORCH_DTYPES[dtype], device, settings.allow_nonfinite, settings.weights == "int8")
+    num_weight_bytes = weight_bytes(config, dtype, options.is_int8)
+    check_memory(num_weight_bytes, num_blocks * layout.block_bytes, device)
     with ThreadPoolExecutor(1, "digest") as pool:
         digest = pool.submit(weights_digest, sorted({entry.file for entry in model.tensors().values()}))
-        weights = _load(model, LoadOptions(TORCH_DTYPES[dtype], device, settings.allow_nonfinite))
+        weights = _load(model, options)
         fingerprint = Fingerprint(
             digest.result(),
             model.config_digest,
             model.tokenizer_digest,
             model.rope_digest(max_context),
-            WEIGHT_FORMAT,
+            weight_format(config.quant, options.is_int8),
             settings.block_size,
         )
+    log.info("weights loaded", format=fingerprint.weight_format, dtype=dtype, bytes=num_weight_bytes)
     transformer = Transformer(config, weights, rope_table(config.rope, config.head_dim, max_context, device))
     runner = Runner(transformer, KvPool(layout, num_blocks, device))
     blocks = BlockPool(num_blocks, caches_prefixes=settings.prefix_cache)
@@ -100,6 +103,8 @@ def num_blocks_of(kv_memory: int | None, layout: KvLayout, max_context: int) -> 
 
 
 def _load(model: ModelDir, options: LoadOptions) -> Weights:
+    if unused := check_tensors(model.config, model.tensors()).unused:
+        log.info("the checkpoint's scales of activations and KV are not used", tensors=len(unused), first=unused[0])
     if not sys.stderr.isatty():
         return load_weights(model, options)
     columns = (TextColumn("loading {task.fields[name]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())

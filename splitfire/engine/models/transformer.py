@@ -1,7 +1,7 @@
 """One dense decoder-only transformer for every family: Llama, Mistral, Qwen2 and Qwen3 differ in its switches only.
 
-Weights are plain tensors in the model's dtype; q, k and v are one matrix, gate and up another. Rows of a step are the
-new tokens of all its sequences, one after the other.
+Weights are tensors in the dtype of computation, matrices perhaps int8; q, k and v are one matrix, gate and up another. Rows of a step
+are the new tokens of all its sequences, one after the other.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import embedding, linear
 
 from splitfire.core.model_config import ModelConfig
 from splitfire.engine.kernels.attention import AttentionStep, attend
+from splitfire.engine.kernels.linear import Matrix, embed, linear
 from splitfire.engine.kernels.norm import rms_norm, silu_mul
 from splitfire.engine.kernels.rope import CacheTargets, QkNorm, Rotation, rope_norm_write
 from splitfire.engine.models.rope import RopeTable
@@ -24,15 +24,15 @@ class LayerWeights:
     """Matrices are [out, in]. A bias or norm that the family does not have is None."""
 
     input_norm: Tensor
-    qkv: Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+    qkv: Matrix  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
     qkv_bias: Tensor | None
     qk_norm: QkNorm | None
-    out: Tensor  # [hidden, num_heads * head_dim]
+    out: Matrix  # [hidden, num_heads * head_dim]
     out_bias: Tensor | None
     post_norm: Tensor
-    gate_up: Tensor  # [2 * intermediate, hidden]
+    gate_up: Matrix  # [2 * intermediate, hidden]
     gate_up_bias: Tensor | None
-    down: Tensor  # [hidden, intermediate]
+    down: Matrix  # [hidden, intermediate]
     down_bias: Tensor | None
 
 
@@ -40,10 +40,10 @@ class LayerWeights:
 class Weights:
     """All of a model's tensors."""
 
-    embed: Tensor  # [vocab, hidden]
+    embed: Matrix  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
-    lm_head: Tensor  # [vocab, hidden]; the embedding itself when tied
+    lm_head: Matrix  # [vocab, hidden]; the embedding itself when tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Transformer:
 
     def forward(self, step: StepInput, pool: KvPool) -> Tensor:
         """-> [num_tokens, hidden], before the final norm."""
-        hidden = embedding(step.token_ids, self.weights.embed)
+        hidden = embed(step.token_ids, self.weights.embed, self.weights.final_norm.dtype)
         rotation = self._rope.rotation(step.positions)
         for index, layer in enumerate(self.weights.layers):
             normed = rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)

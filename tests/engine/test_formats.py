@@ -1,0 +1,263 @@
+"""Quantised checkpoints load as the numbers their makers meant, and generate what transformers does with those numbers."""
+
+from __future__ import annotations
+
+import copy
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from splitfire.core.model_dir import ModelDir
+from splitfire.engine.checkpoint import LoadOptions, load_weights
+from splitfire.engine.kernels.linear import Int8Matrix, Matrix, quantise_rows
+from splitfire.engine.models.transformer import Weights
+from splitfire.engine.tensors import check_tensors
+from tests.checkpoints import VOCAB, assert_greedy, edit_config, family_configs, save_checkpoint
+from tests.engines import assert_no_leaks, drain, load_model, make_engine, make_spec, tokens_of
+from tests.quantised import (
+    Encode,
+    Encoded,
+    awq,
+    awq_config,
+    compressed,
+    fp8_blocks,
+    fp8_config,
+    gptq,
+    gptq_config,
+    quantise_checkpoint,
+)
+
+CPU = torch.device("cpu")
+INT, FLOAT = {"type": "int"}, {"type": "float", "num_bits": 8}
+
+# name -> encoder and quantization_config
+FORMATS: dict[str, tuple[Encode, dict[str, Any]]] = {
+    "float-quantized tensor": compressed("float-quantized", **FLOAT, strategy="tensor"),
+    "float-quantized channel": compressed("float-quantized", **FLOAT, strategy="channel"),
+    "float-quantized block": compressed("float-quantized", **FLOAT, strategy="block", block_structure=[48, 40]),
+    "naive-quantized float": compressed("naive-quantized", **FLOAT, strategy="tensor"),
+    "int-quantized channel": compressed("int-quantized", **INT, num_bits=8, strategy="channel"),
+    "int-quantized tensor": compressed("int-quantized", **INT, num_bits=8, strategy="tensor"),
+    "int-quantized channel asymmetric": compressed("int-quantized", **INT, num_bits=8, strategy="channel", symmetric=False),
+    "int-quantized group": compressed("int-quantized", **INT, num_bits=8, strategy="group", group_size=16),
+    "pack-quantized int4 group": compressed("pack-quantized", **INT, num_bits=4, strategy="group", group_size=32),
+    "pack-quantized int4 group asymmetric": compressed(
+        "pack-quantized", **INT, num_bits=4, strategy="group", group_size=32, symmetric=False
+    ),
+    "pack-quantized int4 channel asymmetric": compressed("pack-quantized", **INT, num_bits=4, strategy="channel", symmetric=False),
+    "pack-quantized int8 channel": compressed("pack-quantized", **INT, num_bits=8, strategy="channel"),
+    "pack-quantized int8 group asymmetric": compressed(
+        "pack-quantized", **INT, num_bits=8, strategy="group", group_size=16, symmetric=False
+    ),
+    "fp8 blocks": (fp8_blocks((32, 32)), fp8_config(weight_block_size=[32, 32])),
+    "fp8 blocks cut short": (fp8_blocks((48, 40)), fp8_config(weight_block_size=[48, 40])),
+    "fp8 tensor": (fp8_blocks((1000, 1000), "weight_scale"), fp8_config(activation_scheme="static")),
+    "fbgemm_fp8": (fp8_blocks((1, 1000), "weight_scale"), {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "awq": (awq(32), awq_config(32)),
+    "gptq": (gptq(4, 32, is_v1=True), gptq_config(4, 32)),
+    "gptq without index": (gptq(4, 32, is_v1=True, with_index=False), gptq_config(4, 32, checkpoint_format="gptq")),
+    "gptq desc_act": (gptq(4, 32, is_v1=True, is_shuffled=True), gptq_config(4, 32, desc_act=True)),
+    "gptq_v2": (gptq(4, 16, is_v1=False), gptq_config(4, 16, checkpoint_format="gptq_v2")),
+    "gptq int8 one group": (gptq(8, 1000, is_v1=True), gptq_config(8, -1)),
+}
+AS_STORED = ("int-quantized channel", "int-quantized tensor", "pack-quantized int8 channel")  # int8 with one scale a row
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A checkpoint to quantise copies of."""
+
+    path: Path
+    model: PreTrainedModel
+
+    def quantised(self, path: Path, encode: Encode, config: dict[str, Any]) -> PreTrainedModel:
+        """At `path`; the model of the numbers it then stands for."""
+        shutil.copytree(self.path, path, dirs_exist_ok=True)
+        return quantise_checkpoint(path, copy.deepcopy(self.model), encode, config)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    path, config = tmp_path_factory.mktemp("plain"), family_configs()["llama"]
+    config.num_hidden_layers = 2
+    return Plain(path, save_checkpoint(config, path))
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32, is_int8: bool = False) -> Weights:
+    return load_weights(ModelDir(path), LoadOptions(dtype, CPU, is_int8=is_int8))
+
+
+def matrices_of(weights: Weights) -> dict[str, Matrix]:
+    found = {"embed": weights.embed, "lm_head": weights.lm_head}
+    for i, layer in enumerate(weights.layers):
+        found |= {f"{i}.qkv": layer.qkv, f"{i}.out": layer.out, f"{i}.gate_up": layer.gate_up, f"{i}.down": layer.down}
+    return found
+
+
+def numbers_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The same matrices, of transformers' model."""
+    state = model.state_dict()
+    found = {"embed": state["model.embed_tokens.weight"], "lm_head": state["lm_head.weight"]}
+    for i in range(model.config.num_hidden_layers):
+        at = f"model.layers.{i}."
+        found[f"{i}.qkv"] = torch.cat([state[f"{at}self_attn.{n}_proj.weight"] for n in "qkv"])
+        found[f"{i}.out"] = state[f"{at}self_attn.o_proj.weight"]
+        found[f"{i}.gate_up"] = torch.cat([state[f"{at}mlp.{n}_proj.weight"] for n in ("gate", "up")])
+        found[f"{i}.down"] = state[f"{at}mlp.down_proj.weight"]
+    return found
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def generate_and_compare(path: Path, oracle: PreTrainedModel, is_int8: bool = False) -> None:
+    engine = make_engine(load_model(path, is_int8=is_int8), block_size=16, chunk_tokens=48)
+    draw = random.Random(0)
+    specs = [make_spec([draw.randrange(VOCAB) for _ in range(length)], 8, block_size=16) for length in (3, 33, 120)]
+    for spec in specs:
+        engine.add(spec)
+    updates = drain(engine)
+    for spec in specs:
+        assert_greedy(oracle, spec.prompt, tokens_of(updates, spec))
+    assert_no_leaks(engine)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_quantised_checkpoint_means_what_its_maker_meant(name: str, plain: Plain, tmp_path: Path) -> None:
+    oracle = plain.quantised(tmp_path, *FORMATS[name])
+    expected = numbers_of(oracle)
+    for matrix, loaded in matrices_of(load(tmp_path)).items():
+        assert isinstance(loaded, Tensor) and torch.equal(loaded, expected[matrix]), matrix
+    for matrix, loaded in matrices_of(load(tmp_path, torch.bfloat16)).items():
+        assert isinstance(loaded, Tensor) and torch.equal(loaded, expected[matrix].bfloat16()), matrix
+    for matrix, loaded in matrices_of(load(tmp_path, is_int8=True)).items():
+        assert isinstance(loaded, Int8Matrix)
+        if name in AS_STORED and matrix not in ("embed", "lm_head"):
+            assert torch.equal(loaded.elements * loaded.scales[:, None], expected[matrix]), f"{matrix} was rounded again"
+        else:
+            again = quantise_rows(expected[matrix])
+            assert torch.equal(loaded.elements, again.elements) and torch.equal(loaded.scales, again.scales), matrix
+    generate_and_compare(tmp_path, oracle)
+
+
+def test_biases_and_norms_of_the_heads_stay_what_they_are(tmp_path: Path) -> None:
+    """qwen2: biases, tied embeddings; qwen3: norms of queries and keys."""
+    for name, family in (("gptq", "qwen2"), ("pack-quantized int4 group", "qwen3"), ("fp8 blocks", "qwen2")):
+        path = tmp_path / family / name
+        oracle = quantise_checkpoint(path, save_checkpoint(family_configs()[family], path), *FORMATS[name])
+        generate_and_compare(path, oracle)
+
+
+def test_awq_reads_as_another_reader_reads_it(plain: Plain, tmp_path: Path) -> None:
+    plain.quantised(tmp_path, *FORMATS["awq"])
+    tensors, converter = load_file(tmp_path / "model.safetensors"), AutoAWQConverter(group_size=32)
+    at = "model.layers.1.mlp.down_proj."
+    elements, scales, zeros = converter._convert_gemm_module(
+        tensors[f"{at}qweight"], tensors[f"{at}scales"], tensors[f"{at}qzeros"]
+    )
+    assert zeros is not None
+    numbers = (elements.float() - zeros.repeat_interleave(32, 1)) * scales.float().repeat_interleave(32, 1)
+    loaded = load(tmp_path).layers[1].down
+    assert isinstance(loaded, Tensor) and torch.equal(loaded, numbers)
+
+
+def test_columns_in_an_order_of_their_own_find_their_scale(plain: Plain, tmp_path: Path) -> None:
+    """compressed-tensors with actorder group: what was quantised are the columns sorted by group, and stored as they came."""
+    encode, config = compressed("pack-quantized", type="int", num_bits=4, strategy="group", group_size=16, symmetric=False)
+
+    def shuffled(weight: Tensor) -> Encoded:
+        groups = torch.arange(weight.shape[1]) // 16
+        index = groups[torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))]
+        by_group = index.argsort(stable=True)
+        encoded = encode(weight[:, by_group].contiguous())
+        back = by_group.argsort()
+        words = encoded.tensors["weight_packed"]
+        nibbles = torch.stack([(words >> shift) & 15 for shift in range(0, 32, 4)], -1).flatten(1)[:, back]
+        packed = sum(nibbles.unflatten(1, (-1, 8))[:, :, i].long() << (4 * i) for i in range(8))
+        assert isinstance(packed, Tensor)
+        stored = {**encoded.tensors, "weight_packed": packed.to(torch.uint32).view(torch.int32), "weight_g_idx": index.int()}
+        return Encoded(stored, encoded.numbers[:, back])
+
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    oracle = plain.quantised(tmp_path, shuffled, config)
+    loaded = matrices_of(load(tmp_path))
+    assert all(torch.equal(loaded[name], numbers) for name, numbers in numbers_of(oracle).items())  # type: ignore[arg-type]
+
+
+def test_matrices_of_one_checkpoint_may_be_stored_in_several_ways(plain: Plain, tmp_path: Path) -> None:
+    """Mixed precision, and layers that were left alone: what the tensors say counts, not a pattern of names."""
+    four, config = FORMATS["pack-quantized int4 group"]
+    eight, more = compressed("float-quantized", type="float", num_bits=8, strategy="channel")
+
+    def encode(weight: Tensor) -> Encoded:
+        if weight.shape == (64, 96):
+            return Encoded({"weight": weight}, weight)
+        return four(weight) if weight.shape[0] == 96 else eight(weight)
+
+    groups = {"a": {**config["config_groups"]["group_0"], "format": "pack-quantized"}}
+    groups["b"] = {**more["config_groups"]["group_0"], "format": "float-quantized"}
+    mixed = {**config, "format": "mixed-precision", "config_groups": groups, "ignore": ["re:(a+)+$"]}
+    oracle = plain.quantised(tmp_path, encode, mixed)
+    loaded = matrices_of(load(tmp_path))
+    assert all(torch.equal(loaded[name], numbers) for name, numbers in numbers_of(oracle).items())  # type: ignore[arg-type]
+
+
+def test_a_quantised_head_and_embedding(plain: Plain, tmp_path: Path) -> None:
+    encode, config = FORMATS["int-quantized channel"]
+    oracle = plain.quantised(tmp_path, *FORMATS["int-quantized channel"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("lm_head", "model.embed_tokens"):
+        encoded = encode(tensors.pop(f"{name}.weight"))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in encoded.tensors.items()}
+        with torch.no_grad():
+            dict(oracle.named_parameters())[f"{name}.weight"].copy_(encoded.numbers)
+    save_file(tensors, tmp_path / "model.safetensors")
+    edit_config(tmp_path, quantization_config={**config, "ignore": []})
+    generate_and_compare(tmp_path, oracle)
+    generate_and_compare(tmp_path, oracle, is_int8=True)
+
+
+def test_scales_of_activations_and_kv_are_left_alone_and_named(plain: Plain, tmp_path: Path) -> None:
+    oracle = plain.quantised(tmp_path, *FORMATS["float-quantized tensor"])
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.mlp.down_proj.input_scale"] = torch.tensor([0.5])
+        tensors["model.layers.0.self_attn.k_scale"] = torch.tensor([0.5])
+        tensors["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor([0.5])
+
+    change_tensors(tmp_path, add)
+    model = ModelDir(tmp_path)
+    assert len(check_tensors(model.config, model.tensors()).unused) == 3
+    assert torch.equal(matrices_of(load(tmp_path))["0.down"], numbers_of(oracle)["0.down"])  # type: ignore[arg-type]
+
+
+def test_biases_of_zero_that_autogptq_adds_are_left_out(plain: Plain, tmp_path: Path) -> None:
+    oracle = plain.quantised(tmp_path, *FORMATS["gptq"])
+    name = "model.layers.0.self_attn.o_proj.bias"
+    change_tensors(tmp_path, lambda t: t.update({name: torch.zeros(64, dtype=torch.float16)}))
+    generate_and_compare(tmp_path, oracle)
+
+
+def test_a_checkpoint_in_shards_whose_scales_are_in_another_one(plain: Plain, tmp_path: Path) -> None:
+    oracle = plain.quantised(tmp_path, *FORMATS["gptq"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("scales")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file(scales, tmp_path / "b.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = {**dict.fromkeys(tensors, "a.safetensors"), **dict.fromkeys(scales, "b.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {str(names).replace(chr(39), chr(34))}}}')
+    assert torch.equal(matrices_of(load(tmp_path))["1.qkv"], numbers_of(oracle)["1.qkv"])  # type: ignore[arg-type]
