@@ -141,7 +141,9 @@ class WorkerSettings(ServiceSettings):
         "", description="name in logs and fleet; default: the role and a random number", max_length=limits.MAX_WORKER_ID_CHARS
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
-    dtype: Dtype = Field("auto", description="of computation, and of weights that are not int8; auto: the checkpoint's, fp32 on a CPU without bf16 units")
+    dtype: Dtype = Field(
+        "auto", description="of computation, and of weights not in int8; auto: the checkpoint's, fp32 on a CPU without bf16 units"
+    )
     weights: Literal["auto", "int8"] = Field(
         "auto", description="of matrices: int8 with a scale for each row, made while loading; auto: the dtype of computation"
     )

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from splitfire.core.model_dir import ModelDir
 from splitfire.engine.checkpoint import LoadOptions, load_weights
+from splitfire.engine.kernels import linear as kernels_linear
 from splitfire.engine.kernels.linear import Int8Matrix, Matrix, quantise_rows
 from splitfire.engine.models.transformer import Weights
 from splitfire.engine.tensors import check_tensors
@@ -91,6 +92,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
     path, config = tmp_path_factory.mktemp("plain"), family_configs()["llama"]
     config.num_hidden_layers = 2
     return Plain(path, save_checkpoint(config, path))
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_64_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that matrices of 96 rows take two, the second one cut short."""
+    monkeypatch.setattr(kernels_linear, "TILE_ELEMENTS", 1)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32, is_int8: bool = False) -> Weights:
