@@ -13,8 +13,8 @@ from kvtransfer.expectation import Expectation, Room
 from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64
 from kvtransfer.receiver import Receiver
 from splitfire.core.hashing import hash_blocks
-from splitfire.engine.engine import Reservation
 from splitfire.engine.kernels.pack import unpack
+from splitfire.engine.lending import Reservation
 from splitfire.v1 import kv_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Handoff, Job
@@ -65,7 +65,7 @@ class Intake:
     # -- Sink
 
     def reserve(self) -> int | Room:
-        self._reservation = self._context.host.engine.reserve(self.job.spec)
+        self._reservation = self._context.host.engine.lending.reserve(self.job.spec)
         return Room.NOT_NOW if self._reservation is None else self._reservation.num_pinned
 
     def write(self, first_block: int, num_blocks: int, blocks: memoryview) -> list[int]:
@@ -78,7 +78,7 @@ class Intake:
     def publish(self, first_block: int, num_blocks: int) -> None:
         reservation = self._reservation
         assert reservation is not None
-        self._context.host.engine.commit(reservation, first_block, num_blocks, self._names)
+        self._context.host.engine.lending.commit(reservation, first_block, num_blocks, self._names)
 
     def ready(self, first_tokens: Sequence[kv_pb2.FirstToken]) -> None:
         reservation = self._reservation
@@ -97,7 +97,7 @@ class Intake:
 
     def revoked(self) -> None:
         if self._reservation is not None:
-            self._context.host.engine.forfeit(self._reservation)
+            self._context.host.engine.lending.forfeit(self._reservation)
             self._reservation = None
 
     def closed(self, reason: str, is_retryable: bool) -> None:

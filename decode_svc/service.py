@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from decode_svc.intake import Intake
 from kvtransfer.protocol import NO_ROOM, WITHDRAWN
 from splitfire.core.errors import DataLoss, Internal, Mismatch, SplitfireError, Unavailable
-from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId
+from splitfire.engine.updates import SequenceUpdate, plain_update
 from splitfire.v1 import fleet_pb2, inference_pb2, kv_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Job, JobTable, Replies, logprobs_to_wire
@@ -75,6 +75,17 @@ class DecodeService:
         job.replies.output(self._output(decode, update))
         if update.is_finished:
             self._finish(decode, update)
+
+    def on_token(self, seq_id: SeqId, offset: int, token_id: int) -> None:
+        """The short way of `on_update`, for what happens most."""
+        decode = self._decodes.get(seq_id)
+        if decode is None:
+            return
+        if decode.began is None:
+            self.on_update(plain_update(seq_id, offset, token_id))
+        else:
+            attempt = decode.job.attempt
+            decode.job.replies.output(fleet_pb2.SequenceOutput(attempt=attempt, offset=offset, token_ids=(token_id,)))
 
     def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
         decode = self._decodes.get(seq_id)

@@ -11,8 +11,8 @@ from prefill_svc.gate import Claim, HoldGate
 from prefill_svc.ship import BlockShipment, Computed
 from splitfire.core import limits
 from splitfire.core.errors import Internal, InvalidInput, Mismatch, SplitfireError, Unavailable
-from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId, SequenceTimes
+from splitfire.engine.updates import SequenceUpdate
 from splitfire.v1 import fleet_pb2, inference_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Handoff, Job, JobTable, Replies, logprobs_to_wire, refusal

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from kvtransfer.sender import Outcome, Sender, Shipment
-from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.kernels.pack import pack
+from splitfire.engine.updates import SequenceUpdate
 from splitfire.v1 import kv_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Handoff, Job, logprobs_to_wire

@@ -15,7 +15,7 @@ from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.drafting import Speculator
-from splitfire.engine.engine import Engine, SequenceUpdate
+from splitfire.engine.engine import Engine
 from splitfire.engine.kernels.sample import SampledToken
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import Transformer
@@ -23,6 +23,7 @@ from splitfire.engine.pool import TORCH_DTYPES, KvPool
 from splitfire.engine.runner import Runner
 from splitfire.engine.scheduler import Budget
 from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
+from splitfire.engine.updates import SequenceUpdate
 
 GREEDY = SamplingParams(temperature=0.0)
 ROOT_HASH = chain_root(b"", b"test", "")
@@ -81,6 +82,7 @@ def drain(engine: Engine, max_steps: int = 10_000) -> list[SequenceUpdate]:
             return updates
         updates += engine.step().updates
         engine.blocks.check()
+        engine._scheduler.lanes.check()
     raise AssertionError(f"still working after {max_steps} steps")
 
 

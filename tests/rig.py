@@ -22,8 +22,9 @@ from prefill_svc.service import PrefillService
 from splitfire.core.hashing import hash_blocks
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.core.telemetry import Telemetry
-from splitfire.engine.engine import Engine, StepResult
+from splitfire.engine.engine import Engine
 from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
+from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2
 from splitfire.worker.context import RoleService, WorkerContext
 from splitfire.worker.host import EngineHost
@@ -75,7 +76,9 @@ class Node:
                     service.on_started(seq_id)
 
     def _on_step(self, result: StepResult) -> None:
-        for update in result.updates:
+        for row in result.plain:
+            self.decode.on_token(*row)
+        for update in result.events:
             for service in self.services:
                 if service.owns(update.seq_id):
                     service.on_update(update)

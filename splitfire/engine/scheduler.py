@@ -4,19 +4,25 @@ One rule serves both roles: every sequence that decodes goes first (one token ea
 token budget in chunks. Drafts come last: they fill the step up to `chunk_tokens + max_running` rows, so that they take nothing
 from prompts and always have as many rows as there may be sequences, and they never make anybody give way: a draft is cut to the
 blocks that are there, and to what the sequence may still get. What it does not need after all goes back after the step.
-A sequence that needs a block when none is left makes room by preempting the newest of the lowest
-class; a preempted sequence gives all its blocks back and computes again later, its tokens kept. The oldest of the
-highest class is never preempted, so there is always progress.
+
+A prompt takes room for all of it when it is admitted, so only decoding sequences ever need a block and find none. Room is then
+made by preempting the newest of the lowest class; a preempted sequence gives all its blocks back and computes again later, its
+tokens kept. The oldest of the highest class is never preempted, so there is always progress.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Seqs
+from dataclasses import dataclass
+
+import numpy as np
 
 from splitfire.core.lifecycle import Seq, SeqEvent
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.drafting import Draft
+from splitfire.engine.lanes import Decoding, Lanes
 from splitfire.engine.sequence import Purpose, SeqId, Sequence
 
 
@@ -37,7 +43,6 @@ class Slice:
     sequence: Sequence
     begin: int
     end: int
-    decodes: bool = False  # the newest token alone; only these have drafts
     drafts: tuple[int, ...] = ()
 
     @property
@@ -49,29 +54,61 @@ class Slice:
         return self.end == self.sequence.num_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to compute. Rows are those of `decoding`, then those of each slice: prompt chunks, and newest tokens with drafts."""
+
+    lanes: Lanes
+    decoding: Decoding
+    slices: Seqs[Slice]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.decoding) + sum(piece.num_rows for piece in self.slices)
+
+    def pieces(self) -> list[Slice]:
+        """All of it one by one, in order; what a step is really made of has a faster way (batch.py)."""
+        return [*(newest(s) for s in self.lanes.at(self.decoding.lanes)), *self.slices]
+
+
+def newest(sequence: Sequence) -> Slice:
+    """The newest token alone."""
+    return Slice(sequence, sequence.num_tokens - 1, sequence.num_tokens)
+
+
 class Scheduler:
     """Owns which sequences wait, run and are held. Used under the engine's lock."""
 
-    def __init__(self, pool: BlockPool, budget: Budget) -> None:
+    def __init__(self, pool: BlockPool, budget: Budget, block_size: int) -> None:
         self.pool = pool
         self.budget = budget
-        self.waiting: list[Sequence] = []  # ordered by (class, arrival)
-        self.running: list[Sequence] = []  # ordered by (class, arrival)
+        self.lanes = Lanes(budget.max_running, block_size)
+        self.waiting: list[Sequence] = []  # these three in order of class and arrival
+        self.running: list[Sequence] = []
+        self.prefilling: list[Sequence] = []  # those of `running` that do not decode
         self.held: dict[SeqId, Sequence] = {}
+        self.num_reserved = 0  # lanes promised to sequences whose KV is on its way
         self.num_preemptions = 0
+        self._num_queued_tokens = 0  # of `waiting`
 
     @property
     def num_waiting_tokens(self) -> int:
         """Prompt tokens not computed yet, queued or running."""
-        return sum(s.num_missing for s in (*self.waiting, *self.running) if not s.is_decoding)
+        return self._num_queued_tokens + sum(s.num_missing for s in self.prefilling)
+
+    @property
+    def num_free_lanes(self) -> int:
+        return self.budget.max_running - len(self.running) - self.num_reserved
 
     def add(self, sequence: Sequence) -> None:
-        _insert(self.waiting, sequence)
+        insort(self.waiting, sequence, key=_order)
+        self._num_queued_tokens += sequence.num_tokens
 
     def join(self, sequence: Sequence) -> None:
-        """A sequence whose blocks arrived from elsewhere; it enters the running batch at once."""
-        sequence.advance(SeqEvent.ADMIT)
-        _insert(self.running, sequence)
+        """A sequence whose blocks arrived from elsewhere, into the lane promised to it; it decodes from the next step on."""
+        self.num_reserved -= 1
+        self._run(sequence)
+        self.lanes.decode(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Takes the sequence out, whatever its state, and gives its blocks back."""
@@ -79,8 +116,9 @@ class Scheduler:
             return
         if sequence.state is Seq.WAITING:
             self.waiting.remove(sequence)
+            self._num_queued_tokens -= sequence.num_tokens
         elif sequence.state is Seq.RUNNING:
-            self.running.remove(sequence)
+            self._leave(sequence)
         else:
             del self.held[sequence.spec.seq_id]
         self._release(sequence)
@@ -88,124 +126,146 @@ class Scheduler:
 
     def hold(self, sequence: Sequence) -> None:
         """The prompt is computed: no more steps, but the blocks stay until `finish`."""
-        self.running.remove(sequence)
+        self._leave(sequence)
         sequence.advance(SeqEvent.HOLD)
         self.held[sequence.spec.seq_id] = sequence
 
-    def schedule(self, limit: int | None = None, drafts: Mapping[SeqId, Draft] | None = None) -> list[Slice]:
-        """The next step, blocks allocated; prompts fill it up to `limit` tokens. Empty when there is nothing that can run."""
-        slices: dict[SeqId, Slice] = {}
-        left = min(self.budget.chunk_tokens, limit or self.budget.chunk_tokens)
-        for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
-            if sequence.state is not Seq.RUNNING or (left == 0 and not sequence.is_decoding):
-                continue  # preempted to make room for one before it, or a prompt that has to wait
-            decodes = sequence.is_decoding
-            end = sequence.num_computed + (1 if decodes else self._chunk(sequence, left))
-            if not self._make_room(sequence, end, slices):
-                continue
-            slices[sequence.spec.seq_id] = Slice(sequence, sequence.num_computed, end, decodes)
-            left = max(0, left - (end - sequence.num_computed))
-        while left and self.waiting and len(self.running) < self.budget.max_running:
-            admitted = self._admit(self.waiting[0], left)
-            if admitted is None:
-                break
-            slices[admitted.sequence.spec.seq_id] = admitted
-            left -= admitted.end - admitted.begin
-        if drafts:
-            self._add_drafts(slices, drafts, min(self.budget.chunk_tokens, limit or self.budget.chunk_tokens))
-        return list(slices.values())
+    def decode(self, sequence: Sequence) -> None:
+        """Its prompt is computed and its next token drawn: it decodes from the next step on."""
+        self.prefilling.remove(sequence)
+        self.lanes.decode(sequence)
 
-    def computed(self, piece: Slice, num_accepted: int = 0) -> None:
-        """The step has written the KV of this slice and of the first `num_accepted` drafts, which are tokens by now: full blocks
-        become shareable. KV of the other drafts is written over by what follows; blocks taken for nothing else are given back."""
+    def schedule(self, limit: int | None = None, drafts: Mapping[SeqId, Draft] | None = None) -> Step:
+        """The next step, blocks allocated; prompts fill it up to `limit` tokens. Without rows when there is nothing that can run."""
+        chunk_tokens = min(self.budget.chunk_tokens, limit or self.budget.chunk_tokens)
+        for sequence in sorted(self.lanes.short(), key=_order):
+            self._make_room(sequence)
+        decoding = self.lanes.decoding
+        left = chunk_tokens - len(decoding)
+        slices: list[Slice] = []
+        for sequence in self.prefilling:
+            if left <= 0:
+                break
+            slices.append(self._chunk(sequence, left))
+            left -= slices[-1].num_rows
+        while left > 0 and self.waiting and self.num_free_lanes > 0:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            slices.append(self._chunk(sequence, left))
+            left -= slices[-1].num_rows
+        step = Step(self.lanes, decoding, slices)
+        return self._with_drafts(step, drafts, chunk_tokens) if drafts else step
+
+    def computed(self, piece: Slice) -> None:
+        """The step has written the KV of this slice; tokens drawn at its end, and drafts that were right, are the sequence's by now.
+        KV of the other drafts is written over by what follows; blocks taken for nothing else are given back."""
         sequence = piece.sequence
-        sequence.num_computed = piece.end + num_accepted
-        full = sequence.num_computed // sequence.block_size
-        for block in range(sequence.num_committed_blocks, full):
-            self.pool.commit(sequence.block_ids[block], sequence.name_of(block))
-        sequence.num_committed_blocks = max(sequence.num_committed_blocks, full)
+        if not sequence.is_decoding:
+            sequence.prefilled = piece.end
         if piece.drafts:
             kept = -(-sequence.num_tokens // sequence.block_size)
             self.pool.release(sequence.block_ids[kept:])
             del sequence.block_ids[kept:]
+            self.lanes.put_blocks(sequence, kept)
+        self.commit(sequence)
 
-    def _add_drafts(self, slices: dict[SeqId, Slice], drafts: Mapping[SeqId, Draft], chunk_tokens: int) -> None:
-        """Appends to the slices of decoding sequences as much of their drafts as fits."""
-        left = chunk_tokens + self.budget.max_running - sum(piece.num_rows for piece in slices.values())
-        for seq_id, draft in drafts.items():
-            piece = slices.get(seq_id)
-            if piece is None or not piece.decodes:
-                continue
-            sequence = piece.sequence
-            room = (len(sequence.block_ids) + self.pool.num_available) * sequence.block_size - piece.end
-            count = min(len(draft.token_ids), sequence.num_left - 1, room, left)
-            if count > 0 and self._grow(sequence, piece.end + count):
-                slices[seq_id] = replace(piece, drafts=draft.token_ids[:count])
-                left -= count
+    def commit(self, sequence: Sequence) -> None:
+        """Its blocks that are full and computed become shareable."""
+        begin, end = sequence.num_committed_blocks, sequence.num_computed // sequence.block_size
+        if end > begin:
+            for block_id, name in zip(sequence.block_ids[begin:end], sequence.names(begin, end), strict=True):
+                self.pool.commit(block_id, name)
+            sequence.num_committed_blocks = end
+        self.lanes.update(sequence)
 
-    def _chunk(self, sequence: Sequence, left: int) -> int:
-        """Tokens to compute now; a chunk that does not finish ends on a block boundary, so that whole blocks can ship."""
-        size = min(sequence.num_missing, left)
+    def _chunk(self, sequence: Sequence, left: int) -> Slice:
+        """What to compute of a prompt now; a chunk that does not finish it ends on a block boundary, so that whole blocks can ship."""
+        begin, size = sequence.prefilled, min(sequence.num_missing, left)
         if size < sequence.num_missing:
-            end = sequence.num_computed + size
+            end = begin + size
             aligned = end - end % sequence.block_size
-            if aligned > sequence.num_computed:
-                size = aligned - sequence.num_computed
-        return size
+            if aligned > begin:
+                size = aligned - begin
+        return Slice(sequence, begin, begin + size)
 
-    def _admit(self, sequence: Sequence, left: int) -> Slice | None:
+    def _admit(self, sequence: Sequence) -> bool:
         """Starts the first waiting sequence if its whole prompt has room, and takes that room at once, so that prompts
         never preempt one another; what the prefix cache holds is not computed."""
         found = self.pool.match(sequence.shareable_names())
-        sequence.block_ids = found
-        sequence.num_computed = len(found) * sequence.block_size
-        sequence.num_committed_blocks = len(found)
-        if not self._grow(sequence, sequence.num_tokens):
-            self._release(sequence)
-            return None
-        if sequence.times.started is None:
-            sequence.num_cached = sequence.num_computed
+        rest = self.pool.allocate(-(-sequence.num_tokens // sequence.block_size) - len(found))
+        if rest is None:
+            self.pool.release(found)
+            return False
         self.waiting.pop(0)
-        sequence.advance(SeqEvent.ADMIT)
-        _insert(self.running, sequence)
-        return Slice(sequence, sequence.num_computed, sequence.num_computed + self._chunk(sequence, left))
-
-    def _make_room(self, sequence: Sequence, end: int, slices: dict[SeqId, Slice]) -> bool:
-        """Gets the blocks for tokens up to `end`; False when `sequence` itself had to give way."""
-        while not self._grow(sequence, end):
-            # The newest of the lowest class. Never a prompt for another worker: the hand-off reads its blocks.
-            victim = next(s for s in reversed(self.running) if s is sequence or s.spec.purpose is Purpose.GENERATE)
-            slices.pop(victim.spec.seq_id, None)
-            self._preempt(victim)
-            if victim is sequence:
-                return False
+        self._num_queued_tokens -= sequence.num_tokens
+        sequence.block_ids = [*found, *rest]
+        sequence.prefilled = len(found) * sequence.block_size
+        sequence.num_committed_blocks = len(found)
+        if sequence.times.started is None:
+            sequence.num_cached = sequence.prefilled
+        self._run(sequence)
+        insort(self.prefilling, sequence, key=_order)
         return True
 
-    def _grow(self, sequence: Sequence, end: int) -> bool:
-        blocks = self.pool.allocate(sequence.blocks_needed(end))
+    def _with_drafts(self, step: Step, drafts: Mapping[SeqId, Draft], chunk_tokens: int) -> Step:
+        """Turns decoding sequences into slices with as much of their drafts as fits."""
+        left = chunk_tokens + self.budget.max_running - step.num_rows
+        decoding = {s.spec.seq_id: s for s in self.lanes.at(step.decoding.lanes)}
+        verified = []
+        for seq_id, draft in drafts.items():
+            sequence = decoding.get(seq_id)
+            if sequence is None:
+                continue
+            room = (len(sequence.block_ids) + self.pool.num_available) * sequence.block_size - sequence.num_tokens
+            count = min(len(draft.token_ids), sequence.num_left - 1, room, left)
+            if count > 0 and self._grow(sequence, sequence.num_tokens + count):
+                verified.append(Slice(sequence, sequence.num_tokens - 1, sequence.num_tokens, draft.token_ids[:count]))
+                left -= count
+        alone = ~np.isin(step.decoding.lanes, [piece.sequence.lane for piece in verified])
+        return Step(self.lanes, step.decoding.where(alone), [*verified, *step.slices])
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """Gets the block for its newest token, if it must by preempting others, or itself."""
+        while sequence.state is Seq.RUNNING and not self._grow(sequence, sequence.num_tokens):
+            # The newest of the lowest class. Never a prompt for another worker: the hand-off reads its blocks.
+            victim = next(s for s in reversed(self.running) if s is sequence or s.spec.purpose is Purpose.GENERATE)
+            self._preempt(victim)
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        had = len(sequence.block_ids)
+        blocks = self.pool.allocate(max(0, -(-num_tokens // sequence.block_size) - had))
         if blocks is None:
             return False
         sequence.block_ids.extend(blocks)
+        self.lanes.put_blocks(sequence, had)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _run(self, sequence: Sequence) -> None:
+        sequence.advance(SeqEvent.ADMIT)
+        insort(self.running, sequence, key=_order)
+        self.lanes.take(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        if not sequence.is_decoding:
+            self.prefilling.remove(sequence)
+        self.lanes.leave(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
         self._release(sequence)
         sequence.advance(SeqEvent.PREEMPT)
         self.num_preemptions += 1
-        _insert(self.waiting, sequence)
+        self.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_ids)
         sequence.block_ids = []
-        sequence.num_computed = 0
+        sequence.prefilled = 0
         sequence.num_committed_blocks = 0
 
 
-def _insert(queue: list[Sequence], sequence: Sequence) -> None:
-    """Keeps `queue` ordered: higher class first, then older first."""
-    key = (-sequence.spec.priority, sequence.arrival)
-    at = len(queue)
-    while at and (-queue[at - 1].spec.priority, queue[at - 1].arrival) > key:
-        at -= 1
-    queue.insert(at, sequence)
+def _order(sequence: Sequence) -> tuple[int, int]:
+    """Higher class first, then older first."""
+    return (-sequence.spec.priority, sequence.arrival)

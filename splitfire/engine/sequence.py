@@ -47,7 +47,8 @@ class SequenceSpec:
 
 
 class Sequence:
-    """Mutable state of one sequence. Invariant: `num_computed <= len(block_ids) * block_size` while RUNNING or HELD."""
+    """Mutable state of one sequence. Invariant: `num_computed <= len(block_ids) * block_size` while RUNNING or HELD. While it has
+    a lane (lanes.py), what changes here changes there."""
 
     def __init__(self, spec: SequenceSpec, arrival: int, block_size: int) -> None:
         self.spec = spec
@@ -55,7 +56,9 @@ class Sequence:
         self.block_size = block_size
         self.state = Seq.WAITING
         self.tokens: list[int] = [*spec.prompt, *spec.output]
-        self.num_computed = 0
+        self.lane = -1  # while RUNNING
+        self.is_decoding = False  # only the newest token is missing, and it is one that was sampled here or handed over
+        self.prefilled = 0  # tokens that have KV, as long as it does not decode
         self.num_cached = 0  # tokens found in the prefix cache at first admission
         self.num_committed_blocks = 0
         self.block_ids: list[BlockId] = []
@@ -76,33 +79,37 @@ class Sequence:
         return self.spec.stopping.max_tokens - self.num_output
 
     @property
+    def num_computed(self) -> int:
+        """Tokens that have KV."""
+        return len(self.tokens) - 1 if self.is_decoding else self.prefilled
+
+    @property
     def num_missing(self) -> int:
         """Tokens that exist but have no KV yet."""
         return len(self.tokens) - self.num_computed
 
     @property
-    def is_decoding(self) -> bool:
-        """Only the newest token is missing, and it is one that was sampled here or handed over."""
-        return self.num_missing == 1 and self.num_output > len(self.spec.output)
+    def greedy_from(self) -> int | None:
+        """Tokens from which on the next one is simply the most likely; None when there is more to it than that."""
+        params, stopping = self.spec.sampling, self.spec.stopping
+        if not params.is_greedy or params.has_penalties or params.logit_bias or params.logprobs is not None:
+            return None
+        return len(self.spec.prompt) + (stopping.min_tokens if stopping.stop_token_ids else 0)
 
     def advance(self, event: SeqEvent) -> None:
         self.state = advance(SEQUENCE, self.state, event)
 
-    def blocks_needed(self, num_tokens: int) -> int:
-        """More blocks than it has, for KV of its first `num_tokens` tokens."""
-        return max(0, -(-num_tokens // self.block_size) - len(self.block_ids))
-
-    def name_of(self, block: int) -> BlockHash:
-        """The chained hash of its logical block `block`, which must be full of known tokens."""
-        while len(self._names) <= block:
-            at = len(self._names)
-            parent = self._names[-1] if self._names else self.spec.hash_root
-            self._names.append(hash_block(parent, self.tokens[at * self.block_size : (at + 1) * self.block_size]))
-        return self._names[block]
+    def names(self, begin: int, end: int) -> list[BlockHash]:
+        """The chained hashes of its logical blocks [begin, end), which must be full of known tokens."""
+        names, size = self._names, self.block_size
+        for at in range(len(names), end):
+            parent = names[-1] if names else self.spec.hash_root
+            names.append(hash_block(parent, self.tokens[at * size : (at + 1) * size]))
+        return names[begin:end]
 
     def shareable_names(self) -> list[BlockHash]:
         """Names of the blocks another sequence's cache could supply: all full ones but never the last token's."""
-        return [self.name_of(b) for b in range((self.num_tokens - 1) // self.block_size)]
+        return self.names(0, (self.num_tokens - 1) // self.block_size)
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ from kvtransfer.agent import TransferAgent
 from splitfire.core.errors import SplitfireError
 from splitfire.core.layout import KvLayout
 from splitfire.core.telemetry import Telemetry
-from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.sequence import SeqId
+from splitfire.engine.updates import SequenceUpdate
 from splitfire.v1 import inference_pb2
 from splitfire.worker.host import EngineHost
 from splitfire.worker.job import Handoff, Job, Replies
@@ -60,6 +60,13 @@ class RoleService(Protocol):
 
     @property
     def num_jobs(self) -> int: ...
+
+
+class GeneratingService(RoleService, Protocol):
+    """The receiving end."""
+
+    def on_token(self, seq_id: SeqId, offset: int, token_id: int) -> None:
+        """A step got one more token for a sequence that decodes, and there is nothing else to say about it."""
 
 
 class SendingService(RoleService, Protocol):

@@ -15,8 +15,10 @@ from collections.abc import Callable
 
 import structlog
 
-from splitfire.engine.engine import Engine, Reservation, StepResult
+from splitfire.engine.engine import Engine
+from splitfire.engine.lending import Reservation
 from splitfire.engine.sequence import SeqId, SequenceSpec
+from splitfire.engine.updates import StepResult
 
 log = structlog.get_logger("worker")
 STARVED_S = 0.02  # until looking again when sequences wait but nothing can run
@@ -87,7 +89,7 @@ class EngineHost:
         for command in commands:
             command()
         result = self.engine.step()
-        if result.updates:
+        if result.num_rows:
             self._post(self._on_step, result)
         elif self.engine.has_work:
             with self._wake:

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import ParamSpec
 
 import structlog
 
@@ -24,10 +25,10 @@ from splitfire.core.machine import facts_to_wire
 from splitfire.core.settings import WorkerSettings, read_secret
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.wire import fingerprint_to_wire, layout_to_wire
-from splitfire.engine.engine import StepResult
 from splitfire.engine.sequence import SeqId
+from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2, inference_pb2
-from splitfire.worker.context import RoleService, SendingService, WorkerContext
+from splitfire.worker.context import GeneratingService, RoleService, SendingService, WorkerContext
 from splitfire.worker.health import HealthPort
 from splitfire.worker.host import EngineHost
 from splitfire.worker.job import JobLimits, handoff_from_wire, make_job, peer_address, refusal
@@ -41,6 +42,7 @@ from splitfire.worker.roster import Roster
 log = structlog.get_logger("worker")
 WATCH_EVERY_S = 0.5
 SHUTDOWN_S = 3.0  # for saying goodbye; the process ends whatever happens
+P = ParamSpec("P")
 STUCK_S = 60.0  # a step that takes longer than this means the engine is lost, not slow
 ROLES = {"prefill": inference_pb2.ROLE_PREFILL, "decode": inference_pb2.ROLE_DECODE}
 
@@ -53,7 +55,7 @@ class Worker:
         settings: WorkerSettings,
         loaded: LoadedModel,
         transport: Transport,
-        services: Callable[[WorkerContext], tuple[SendingService, RoleService]],
+        services: Callable[[WorkerContext], tuple[SendingService, GeneratingService]],
     ) -> None:
         self.settings = settings
         self.incarnation = secrets.token_bytes(16)
@@ -66,7 +68,11 @@ class Worker:
         slot_bytes = max(settings.slot_size, slot_bytes_for(widest.block_bytes))
         options = AgentOptions(settings.send_slots, settings.receive_slots, slot_bytes, settings.max_peers)
         self.agent = TransferAgent(
-            transport, self.incarnation, loaded.fingerprint.digest, options, is_short_of_blocks=lambda: loaded.engine.is_short
+            transport,
+            self.incarnation,
+            loaded.fingerprint.digest,
+            options,
+            is_short_of_blocks=lambda: loaded.engine.lending.is_short,
         )
         context = WorkerContext(self.worker_id, self._host, self.agent, loaded.layout, self._telemetry, settings.kv_digest)
         self._tally = context.tally
@@ -243,24 +249,26 @@ class Worker:
         for seq_id in ids:
             for service in (self._prefill, self._decode):
                 if service.owns(seq_id):
-                    self._guarded(service, seq_id, lambda s=service, i=seq_id: s.on_started(i))  # type: ignore[misc]
+                    self._guarded(service, seq_id, service.on_started, seq_id)
                     break
 
     def _on_step(self, result: StepResult) -> None:
         has_ended = False
-        for update in result.updates:
+        for seq_id, offset, token_id in result.plain:
+            self._guarded(self._decode, seq_id, self._decode.on_token, seq_id, offset, token_id)
+        for update in result.events:
             has_ended |= update.is_finished
             for service in (self._prefill, self._decode):
                 if service.owns(update.seq_id):
-                    self._guarded(service, update.seq_id, lambda s=service, u=update: s.on_update(u))  # type: ignore[misc]
+                    self._guarded(service, update.seq_id, service.on_update, update)
                     break
         if has_ended:
             self._reporter.report_now()
 
-    def _guarded(self, service: RoleService, seq_id: SeqId, act: Callable[[], None]) -> None:
+    def _guarded(self, service: RoleService, seq_id: SeqId, act: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """One request that cannot go on fails alone."""
         try:
-            act()
+            act(*args, **kwargs)
         except SplitfireError as exc:
             service.fail(seq_id, exc)
         except Exception as exc:

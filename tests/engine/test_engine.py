@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from splitfire.core.sampling import SamplingParams
-from splitfire.engine import runner as runner_module
+from splitfire.engine import drawing
 from splitfire.engine.blocks import BlockState
 from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
 from splitfire.engine.models.transformer import Transformer
-from splitfire.engine.runner import Drawn
 from splitfire.engine.sequence import Purpose
 from tests.checkpoints import PICO as PICO_DIR
 from tests.checkpoints import VOCAB, assert_greedy, family_configs, pico_oracle, save_checkpoint
@@ -118,8 +117,8 @@ def test_cancel_frees_blocks_whatever_the_state(llama: Transformer) -> None:
 
 def test_a_request_that_cannot_be_sampled_fails_alone(llama: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """F22: the exception of one row is that row's; its batch mates' tokens are what they were."""
-    engine = make_engine(llama)
-    mates = [make_spec(prompt(30, i), 10) for i in range(3)]
+    engine, sampling = make_engine(llama), SamplingParams(temperature=0.9, seed=5)
+    mates = [make_spec(prompt(30, i), 10, sampling=sampling) for i in range(3)]
     for spec in mates:
         engine.add(spec)
     expected = [tokens_of(updates, spec) for updates in [drain(engine)] for spec in mates]
@@ -129,8 +128,9 @@ def test_a_request_that_cannot_be_sampled_fails_alone(llama: Transformer, monkey
             raise ZeroDivisionError("poison")
         return sample(logits, rows)
 
-    monkeypatch.setattr(runner_module, "sample", poisoned)
-    again, poison = [make_spec(prompt(30, i), 10) for i in range(3)], make_spec(prompt(33, 8), 10, choice=77)
+    monkeypatch.setattr(drawing, "sample", poisoned)
+    again = [make_spec(prompt(30, i), 10, sampling=sampling) for i in range(3)]
+    poison = make_spec(prompt(33, 8), 10, choice=77, sampling=sampling)
     for spec in (again[0], poison, again[1], again[2]):
         engine.add(spec)
     updates = drain(engine)
@@ -166,7 +166,8 @@ def test_nan_logits_isolated(llama: Transformer, monkeypatch: pytest.MonkeyPatch
 
 def test_kv_of_a_sequence_that_is_not_finite_is_shared_with_nobody(llama: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(llama)
-    monkeypatch.setattr(runner_module, "draw", lambda logits, pieces: [Drawn((), "nonfinite_logits") for _ in pieces])
+    logits = llama.logits
+    monkeypatch.setattr(llama, "logits", lambda hidden: logits(hidden) * torch.nan)
     engine.add(make_spec(prompt(100), 5))
     updates = drain(engine)
     assert updates[-1].error == "nonfinite_logits"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splitfire.engine.engine import SequenceUpdate
+from splitfire.engine.updates import SequenceUpdate
 from tests.checkpoints import VOCAB, assert_greedy, family_configs, save_checkpoint
 from tests.engines import assert_no_leaks, drain, load_model, make_engine, make_spec, tokens_of
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from splitfire.engine.engine import Engine, SequenceUpdate
+from splitfire.engine.engine import Engine
 from splitfire.engine.kernels.pack import pack, pack_reference, unpack
 from splitfire.engine.kernels.quantise import dequantise
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.pool import KvPool
 from splitfire.engine.sequence import Purpose, SequenceSpec
+from splitfire.engine.updates import SequenceUpdate
 from tests.checkpoints import PICO, VOCAB, family_configs, save_checkpoint
 from tests.engines import assert_no_leaks, drain, load_model, make_engine, make_spec, tokens_of
 
@@ -48,7 +49,7 @@ def hand_off(
     source: Engine, update: SequenceUpdate, target: Engine, spec: SequenceSpec, *, by_reference: bool = False
 ) -> list[int]:
     """What the services do, without them; the blocks at the target."""
-    reservation = target.reserve(spec)
+    reservation = target.lending.reserve(spec)
     assert reservation is not None and reservation.num_pinned == 0
     here, there = source.runner.pool, target.runner.pool
     payload = torch.full((len(update.block_ids) * there.layout.block_bytes,), 0xFF, dtype=torch.uint8)
@@ -56,7 +57,7 @@ def hand_off(
     sums = pack_with(here, update.block_ids, spec.num_tokens, there.layout.dtype, payload)
     received = unpack(there, reservation.block_ids, payload)
     assert received == sums
-    target.commit(reservation, 0, len(update.block_ids), spec.block_hashes)
+    target.lending.commit(reservation, 0, len(update.block_ids), spec.block_hashes)
     [first] = update.tokens
     ids: list[int] = list(reservation.block_ids)
     target.join(reservation, first.token_id)

@@ -21,7 +21,7 @@ class Bench:
 
     def __init__(self, num_blocks: int, chunk_tokens: int = 32, max_running: int = 8) -> None:
         self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, Budget(chunk_tokens, max_running))
+        self.scheduler = Scheduler(self.pool, Budget(chunk_tokens, max_running), BLOCK)
         self.num_added = 0
 
     def add(
@@ -34,17 +34,21 @@ class Bench:
         return sequence
 
     def step(self) -> list[Slice]:
-        slices = self.scheduler.schedule()
+        slices = self.scheduler.schedule().pieces()
         for piece in slices:
-            self.scheduler.computed(piece)
             sequence = piece.sequence
-            if piece.end == sequence.num_tokens:
+            is_sampled = piece.samples
+            if is_sampled:
                 sequence.tokens.append(1)
-                if sequence.num_output >= sequence.spec.stopping.max_tokens:
-                    self.scheduler.finish(sequence)
-                elif sequence.spec.purpose is Purpose.PREFILL:
-                    self.scheduler.hold(sequence)
+            self.scheduler.computed(piece)
+            if is_sampled and sequence.num_left == 0:
+                self.scheduler.finish(sequence)
+            elif is_sampled and sequence.spec.purpose is Purpose.PREFILL:
+                self.scheduler.hold(sequence)
+            elif is_sampled and not sequence.is_decoding:
+                self.scheduler.decode(sequence)
         self.pool.check()
+        self.scheduler.lanes.check()
         return slices
 
     def run(self, sequences: Seq[Sequence], max_steps: int = 5000) -> int:

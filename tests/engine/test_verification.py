@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from splitfire.core.sampling import SamplingParams, TokenBias
-from splitfire.engine import runner as runner_module
+from splitfire.engine import drawing
 from splitfire.engine.blocks import BlockState
 from splitfire.engine.drafting import Draft, Verified
-from splitfire.engine.engine import DraftCounts, Engine, SequenceUpdate
+from splitfire.engine.engine import Engine
 from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
-from tests.checkpoints import PICO, VOCAB
+from splitfire.engine.updates import DraftCounts, SequenceUpdate
+from tests.checkpoints import PICO, VOCAB, family_configs, save_checkpoint
 from tests.engines import GREEDY, assert_no_leaks, drain, load_model, make_engine, make_spec, sampled_of, tokens_of
 
 Answers = dict[SeqId, list[int]]
@@ -100,6 +101,14 @@ SAMPLINGS = {
 @pytest.fixture(scope="module")
 def pico() -> Transformer:
     return load_model(PICO)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    """Random weights: its greedy tokens do not repeat."""
+    path = tmp_path_factory.mktemp("llama")
+    save_checkpoint(family_configs()["llama"], path)
+    return load_model(path)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -207,15 +216,19 @@ def test_stop_tokens_among_drafts_end_the_sequence_there(pico: Transformer) -> N
         assert_no_leaks(engine)
 
 
-def test_min_tokens_hold_inside_a_run_of_drafts(pico: Transformer) -> None:
-    free = make_spec(prompt(20), 12)
-    stop = frozenset(tokens_of(run(make_engine(pico), [free]), free)[3:4])
-    plain = make_spec(prompt(20), 24, stop=stop, min_tokens=9)
-    expected = tokens_of(run(make_engine(pico), [plain]), plain)
-    for guess in GUESSES.values():
-        spec = make_spec(prompt(20), 24, stop=stop, min_tokens=9)
-        engine = make_engine(pico, speculator=Oracle({spec.seq_id: expected}, guess))
-        assert tokens_of(run(engine, [spec]), spec) == expected
+def test_min_tokens_hold_inside_a_run_of_drafts(llama: Transformer) -> None:
+    """Also for the rows of one step: the stop token counts from the very row where it may."""
+    free = make_spec(prompt(20), 24)
+    tokens = tokens_of(run(make_engine(llama), [free]), free)
+    for at, min_tokens in ((6, 4), (6, 6), (6, 7), (3, 9)):
+        stop = frozenset({tokens[at]})
+        assert tokens.index(tokens[at]) == at
+        plain, drafted = (make_spec(prompt(20), 24, stop=stop, min_tokens=min_tokens) for _ in range(2))
+        expected = tokens_of(run(make_engine(llama), [plain]), plain)
+        assert (expected == tokens[: at + 1]) == (at >= min_tokens)
+        for guess in GUESSES.values():
+            engine = make_engine(llama, speculator=Oracle({drafted.seq_id: expected}, guess))
+            assert tokens_of(run(engine, [drafted]), drafted) == expected
 
 
 def test_kv_of_rejected_drafts_is_never_shared(pico: Transformer) -> None:
@@ -247,17 +260,17 @@ def plain_cache(model: Transformer, text: list[int]) -> Engine:
 
 
 @pytest.mark.parametrize("at", [8, 11], ids=["in the first row of a step", "after three drafts"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.2, seed=2)], ids=["greedy", "sampled"])
 def test_nan_in_a_row_that_counts_fails_the_sequence_after_the_tokens_before_it(
-    pico: Transformer, monkeypatch: pytest.MonkeyPatch, at: int
+    llama: Transformer, monkeypatch: pytest.MonkeyPatch, sampling: SamplingParams, at: int
 ) -> None:
-    sampling = SamplingParams(temperature=1.2, seed=2)
     spec, mate = make_spec(prompt(30), 20, sampling=sampling), make_spec(prompt(44), 20)
-    updates = run(make_engine(pico), [spec, mate])
+    updates = run(make_engine(llama), [spec, mate])
     answers = {s.seq_id: tokens_of(updates, s) for s in (spec, mate)}
     token = answers[spec.seq_id][at]
     assert token not in (*spec.prompt, *answers[spec.seq_id][:at], *mate.prompt, *answers[mate.seq_id])
-    poison_token(pico, monkeypatch, token)
-    engine = make_engine(pico, speculator=Oracle(answers, perfect))
+    poison_token(llama, monkeypatch, token)
+    engine = make_engine(llama, speculator=Oracle(answers, perfect))
     updates = run(engine, [mate, spec])
     [failed] = [u for u in updates if u.error]
     assert (failed.seq_id, failed.error, failed.tokens) == (spec.seq_id, "nonfinite_logits", ())
@@ -290,7 +303,7 @@ def poison_token(model: Transformer, monkeypatch: pytest.MonkeyPatch, token: int
 
 def test_a_request_that_cannot_be_sampled_after_a_draft_fails_there(pico: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """F22 with speculation: the exception of one row is that sequence's, after the tokens before it."""
-    spec, mate = make_spec(prompt(30), 20, choice=77), make_spec(prompt(44), 20)
+    spec, mate = make_spec(prompt(30), 20, choice=77, sampling=SAMPLINGS["sampled"]), make_spec(prompt(44), 20)
     updates = run(make_engine(pico), [spec, mate])
     answers = {s.seq_id: tokens_of(updates, s) for s in (spec, mate)}
 
@@ -299,7 +312,7 @@ def test_a_request_that_cannot_be_sampled_after_a_draft_fails_there(pico: Transf
             raise ZeroDivisionError("poison")
         return sample(logits, rows)
 
-    monkeypatch.setattr(runner_module, "sample", poisoned)
+    monkeypatch.setattr(drawing, "sample", poisoned)
     engine = make_engine(pico, speculator=Oracle(answers, perfect))
     updates = run(engine, [mate, spec])
     assert [(u.seq_id, u.error) for u in updates if u.error] == [(spec.seq_id, "sampling_failed")]
@@ -316,10 +329,10 @@ def test_a_sequence_that_joins_enters_with_drafts(pico: Transformer) -> None:
     source = make_engine(pico)
     prefill = make_spec(prompt(50), 20, purpose=Purpose.PREFILL)
     [update] = run(source, [prefill])
-    reservation = engine.reserve(spec)
+    reservation = engine.lending.reserve(spec)
     assert reservation is not None
     engine.runner.pool.elements[list(reservation.block_ids)] = source.runner.pool.elements[list(update.block_ids)]
-    engine.commit(reservation, 0, len(reservation.block_ids), spec.block_hashes)
+    engine.lending.commit(reservation, 0, len(reservation.block_ids), spec.block_hashes)
     engine.join(reservation, update.tokens[0].token_id)
     result = engine.step()
     assert result.num_rows == 8

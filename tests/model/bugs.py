@@ -23,7 +23,7 @@ from kvtransfer.peers import Peers
 from kvtransfer.receiver import Receiver
 from prefill_svc.ship import BlockShipment
 from router import flow
-from splitfire.engine.engine import Engine
+from splitfire.engine.lending import Lending
 from tests.faults import test_handoff
 from tests.kvtransfer import test_agent, test_receiver
 from tests.model.explore import SCENARIOS, explore
@@ -123,8 +123,8 @@ BUGS = (
         (("now - sender.last_progress > DEADLINES[sender.state]", "False"),), search("lossy"),
     ),
     Bug(
-        "double free", "a reservation's blocks are given back twice", Engine.forfeit,
-        (("self.blocks.release(reservation.block_ids)", "[self.blocks.release(reservation.block_ids) for _ in range(2)]"),),
+        "double free", "a reservation's blocks are given back twice", Lending.forfeit,
+        (("self._blocks.release(reservation.block_ids)", "[self._blocks.release(reservation.block_ids) for _ in range(2)]"),),
         simulated(test_handoff.test_kill_prefill_at_block_k, 2),
     ),
     Bug(

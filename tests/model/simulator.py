@@ -36,12 +36,14 @@ from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.wire import layout_to_wire
 from splitfire.engine.blocks import BlockPool
-from splitfire.engine.engine import Engine, Reservation, StepResult
+from splitfire.engine.drawing import Drawn, StepTokens
+from splitfire.engine.engine import Engine
 from splitfire.engine.kernels.sample import SampledToken
+from splitfire.engine.lending import Reservation
 from splitfire.engine.pool import KvPool
-from splitfire.engine.runner import Drawn
-from splitfire.engine.scheduler import Budget, Slice
+from splitfire.engine.scheduler import Budget, Step
 from splitfire.engine.sequence import SeqId, SequenceSpec
+from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2
 from splitfire.worker.context import RoleService, WorkerContext
 from splitfire.worker.job import JobLimits, handoff_from_wire, make_job, peer_address, refusal
@@ -232,9 +234,9 @@ class SimRunner:
         self.vocab_size = VOCAB
         self._violations = violations
 
-    def run(self, slices: Sequence[Slice]) -> dict[int, Drawn]:
+    def run(self, step: Step) -> StepTokens:
         drawn = {}
-        for i, piece in enumerate(slices):
+        for i, piece in enumerate(step.pieces()):
             sequence, size = piece.sequence, self.pool.layout.block_size
             codes = kv_codes([*sequence.tokens[: piece.end], *piece.drafts])
             end = len(codes)
@@ -252,7 +254,7 @@ class SimRunner:
                     at_next = piece.end + len(tokens)
                     tokens.append(next_token(codes[at_next - 1], at_next))
                 drawn[i] = Drawn(tuple(SampledToken(token, None, ()) for token in tokens))
-        return drawn
+        return StepTokens.of_pieces(step, drawn)
 
 
 class SimHost:
@@ -291,7 +293,7 @@ class SimHost:
             self._is_running = False
             return
         result = self.engine.step()
-        asyncio.get_running_loop().call_later(self.step_s if result.updates else 0.02, self._end, result)
+        asyncio.get_running_loop().call_later(self.step_s if result.num_rows else 0.02, self._end, result)
 
     def _end(self, result: StepResult) -> None:
         if not self._worker.is_dead:
@@ -327,7 +329,12 @@ class SimWorker:
         self.host = SimHost(self, engine, plan.step_s)
         options = AgentOptions(2, 4, 2 * slot_bytes_for(LAYOUT.block_bytes))
         self.agent = TransferAgent(
-            self.transport, self.incarnation, sim.fingerprint.digest, options, clock, is_short_of_blocks=lambda: engine.is_short
+            self.transport,
+            self.incarnation,
+            sim.fingerprint.digest,
+            options,
+            clock,
+            is_short_of_blocks=lambda: engine.lending.is_short,
         )
         context = WorkerContext(name, self.host, self.agent, LAYOUT, sim.telemetry, True, clock)  # type: ignore[arg-type]
         self.prefill, self.decode = PrefillService(context), DecodeService(context)
@@ -423,7 +430,9 @@ class SimWorker:
                     self._guarded(service, seq_id, lambda s=service, i=seq_id: s.on_started(i))  # type: ignore[misc]
 
     def on_step(self, result: StepResult) -> None:
-        for update in result.updates:
+        for row in result.plain:
+            self._guarded(self.decode, row[0], lambda r=row: self.decode.on_token(*r))  # type: ignore[misc]
+        for update in result.events:
             for service in self.services:
                 if service.owns(update.seq_id):
                     self._guarded(service, update.seq_id, lambda s=service, u=update: s.on_update(u))  # type: ignore[misc]

@@ -14,9 +14,10 @@ from kvtransfer.sender import Sender
 from prefill_svc import ship
 from splitfire.core.sampling import SamplingParams
 from splitfire.engine.drafting import Draft, Verified
-from splitfire.engine.engine import Engine, Reservation
+from splitfire.engine.engine import Engine
 from splitfire.engine.kernels.pack import block_sums
 from splitfire.engine.kernels.sample import noise_key
+from splitfire.engine.lending import Reservation
 from splitfire.engine.sequence import Purpose, SeqId
 from splitfire.engine.sequence import Sequence as EngineSequence
 from splitfire.v1 import fleet_pb2, inference_pb2, kv_pb2

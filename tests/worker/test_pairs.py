@@ -12,7 +12,8 @@ from typing import cast
 from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.memory import Hub
 from kvtransfer.peers import PeerAddress
-from splitfire.engine.engine import Engine, EngineLoad
+from splitfire.engine.engine import Engine
+from splitfire.engine.updates import EngineLoad
 from splitfire.worker.load import LoadReporter
 from splitfire.worker.machine import copy_rate
 from splitfire.worker.pairs import PairMeasurer

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from splitfire.engine.kernels.quantise import dequantise
@@ -58,20 +60,45 @@ class AttentionStep:
 
 
 def plan_attention(spans: Sequence[QuerySpan], device: torch.device) -> AttentionStep:
+    """`plan_batch` of sequences said one by one, whose rows follow one another."""
+    num_blocks = np.array([len(s.block_ids) for s in spans])
+    tables = np.zeros((len(spans), max(num_blocks)), np.int32)
+    for table, span in zip(tables, spans, strict=True):
+        table[: len(span.block_ids)] = span.block_ids
+    begins = np.array([s.begin for s in spans] + [spans[-1].end])
+    return plan_batch(begins, np.array([s.context_len for s in spans]), tables, num_blocks, device)
+
+
+def plan_batch(
+    query_begins: NDArray[np.int64],  # [num_sequences + 1]
+    context_lens: NDArray[np.int64],  # [num_sequences]
+    block_tables: NDArray[np.int32],  # [num_sequences, max_blocks]
+    num_blocks: NDArray[np.int64],  # [num_sequences]; what is past them in a table may be anything
+    device: torch.device,
+) -> AttentionStep:
     """Sorts the step's sequences into padded decode batches and chunks."""
+    counts = np.diff(query_begins)
     chunks = tuple(
-        Chunk(s.begin, s.end, s.context_len, torch.tensor(s.block_ids, device=device)) for s in spans if s.end - s.begin > 1
+        Chunk(
+            int(query_begins[i]),
+            int(query_begins[i + 1]),
+            int(context_lens[i]),
+            torch.from_numpy(block_tables[i, : num_blocks[i]].astype(np.int64)).to(device),
+        )
+        for i in (counts > 1).nonzero()[0]
     )
-    singles = sorted((s for s in spans if s.end - s.begin == 1), key=lambda s: len(s.block_ids))
+    singles = (counts == 1).nonzero()[0]
+    singles = singles[np.argsort(-num_blocks[singles], kind="stable")]
     batches = []
-    while singles:
-        longest = len(singles[-1].block_ids)
-        real = 0
-        batch: list[QuerySpan] = []
-        while singles and longest * (len(batch) + 1) <= MAX_PADDING * (real + len(singles[-1].block_ids)):
-            batch.append(singles.pop())
-            real += len(batch[-1].block_ids)
-        batches.append(_decode_batch(batch, longest, device))
+    while len(singles):
+        widths = num_blocks[singles]
+        # Of a falling series the mean falls too, so those that fit are the leading ones.
+        count = int((widths[0] * np.arange(1, len(widths) + 1) <= MAX_PADDING * widths.cumsum()).sum())
+        batch, singles = singles[:count], singles[count:]
+        tables = block_tables[batch, : widths[0]].astype(np.int64)
+        tables[np.arange(widths[0]) >= widths[:count, None]] = 0
+        arrays = (query_begins[batch], tables, context_lens[batch])
+        batches.append(DecodeBatch(*(torch.from_numpy(array).to(device) for array in arrays)))
     return AttentionStep(tuple(batches), chunks)
 
 
@@ -89,12 +116,6 @@ def attend(
     for chunk in step.chunks:
         _attend_chunk(q, cache, chunk, scale, window, out)
     return out
-
-
-def _decode_batch(spans: Sequence[QuerySpan], longest: int, device: torch.device) -> DecodeBatch:
-    tables = torch.tensor([[*s.block_ids, *([0] * (longest - len(s.block_ids)))] for s in spans], device=device)
-    rows = torch.tensor([s.begin for s in spans], device=device)
-    return DecodeBatch(rows, tables, torch.tensor([s.context_len for s in spans], device=device))
 
 
 def _gather(cache: LayerCache, block_ids: Tensor) -> Tensor:

@@ -1,0 +1,155 @@
+"""What a step costs beside the model: `python -m benchmarks.scheduler`. Half a minute.
+
+A model that takes no time draws the same token for everybody; what is left is scheduling, the arrays a model needs, and taking
+the tokens in. Thread time, so that others on the machine do not count. Cases: everybody decodes; sequences end and others,
+whose prompts are in the prefix cache or have to be computed, take their places.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from benchmarks.report import Row, half_spread, write
+from splitfire.core.hashing import chain_root, hash_blocks
+from splitfire.core.layout import KvLayout
+from splitfire.core.sampling import SamplingParams, StopParams
+from splitfire.engine.batch import batch_of
+from splitfire.engine.blocks import BlockPool
+from splitfire.engine.drawing import Drawn, StepTokens
+from splitfire.engine.engine import Engine
+from splitfire.engine.kernels.sample import SampledToken
+from splitfire.engine.scheduler import Budget, Step
+from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
+
+BLOCK_SIZE, PROMPT, CHUNK = 32, 300, 2048
+NUM_STEPS, NUM_ROUNDS = 300, 5
+TOKEN = 7
+ROOT = chain_root(b"", b"benchmark", "")
+MS = 1e3
+now: Callable[[], float] = time.thread_time
+_seq_ids = itertools.count()
+
+
+@dataclass
+class Lap:
+    """Thread time of one step's parts, seconds."""
+
+    schedule: list[float] = field(default_factory=list)
+    inputs: list[float] = field(default_factory=list)
+    update: list[float] = field(default_factory=list)
+
+    def total(self) -> list[float]:
+        return [sum(parts) for parts in zip(self.schedule, self.inputs, self.update, strict=True)]
+
+
+class NoModel:
+    """Takes no time: prepares what a model needs and says the same token for all."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.pool = self
+        self.layout = KvLayout("bf16", 1, 1, 8, BLOCK_SIZE)
+        self.num_blocks = num_blocks
+        self.asked_at = self.prepared_at = self.answered_at = 0.0
+
+    def run(self, step: Step) -> StepTokens:
+        self.asked_at = now()
+        batch_of(step)
+        self.prepared_at = now()
+        drawn = Drawn((SampledToken(TOKEN, None, ()),))
+        slices = {i: drawn for i, piece in enumerate(step.slices) if piece.samples}
+        answer = StepTokens(np.full(len(step.decoding), TOKEN), {}, slices)
+        self.answered_at = now()
+        return answer
+
+
+def spec(prompt: tuple[int, ...], max_tokens: int) -> SequenceSpec:
+    stopping = StopParams(max_tokens, 0, frozenset({0}))
+    sampling, names = SamplingParams(temperature=0.0), hash_blocks(ROOT, prompt, BLOCK_SIZE)  # a router sends them along
+    return SequenceSpec(SeqId(next(_seq_ids)), prompt, (), 0, sampling, stopping, Purpose.GENERATE, ROOT, names)
+
+
+class Case:
+    """An engine with `num_running` sequences that decode; when one ends, another takes its place."""
+
+    def __init__(self, num_running: int, *, mean_tokens: int | None, is_cached: bool = False) -> None:
+        blocks_each = -(-(PROMPT + NUM_STEPS * NUM_ROUNDS + 64) // BLOCK_SIZE) + 1
+        num_blocks = num_running * blocks_each
+        self.runner = NoModel(num_blocks)
+        self.engine = Engine(self.runner, BlockPool(num_blocks), Budget(CHUNK, num_running), lambda: 0.0)  # type: ignore[arg-type]
+        self.num_running = num_running
+        self.mean_tokens = mean_tokens
+        self.is_cached = is_cached
+        self.num_added = 0
+        for _ in range(num_running):
+            self.add()
+        for _ in range(200):  # until as many end as begin
+            self.engine.step()
+            self.refill()
+
+    def add(self) -> None:
+        self.num_added += 1
+        tokens = NUM_STEPS * NUM_ROUNDS * 2
+        if self.mean_tokens is not None:  # spread, so that about as many end in one step as in another
+            tokens = self.mean_tokens // 2 + self.num_added * 37 % self.mean_tokens
+        # Prompts of different lengths, or all blocks would fill in the same step.
+        length = PROMPT - self.num_added % BLOCK_SIZE
+        first = 1 if self.is_cached else self.num_added
+        self.engine.add(spec((first, *range(2, length + 1)), tokens))
+
+    def refill(self) -> None:
+        load = self.engine.load()
+        for _ in range(self.num_running - load.waiting - load.running):
+            self.add()
+
+    def measure(self, lap: Lap) -> None:
+        gc.collect()
+        gc.freeze()
+        for _ in range(NUM_STEPS):
+            began = now()
+            self.engine.step()
+            ended = now()
+            lap.schedule.append(self.runner.asked_at - began)
+            lap.inputs.append(self.runner.prepared_at - self.runner.asked_at)
+            lap.update.append(ended - self.runner.answered_at)
+            self.refill()
+
+
+def rows_of(case: str, lap: Lap, target_ms: float | None) -> list[Row]:
+    total = [seconds * MS for seconds in lap.total()]
+    parts = {"schedule": lap.schedule, "inputs": lap.inputs, "update": lap.update}
+    rows = []
+    for name, values in [("step", total), *((name, [v * MS for v in part]) for name, part in parts.items())]:
+        mean = statistics.fmean(values)
+        is_judged = name == "step" and target_ms is not None
+        target = f"<= {target_ms} ms" if is_judged else ""
+        met = mean <= target_ms if is_judged and target_ms is not None else None
+        rows.append(Row(case, f"{name}, mean", "ms", mean, None, "", None, target, met, half_spread(values)))
+    p99 = statistics.quantiles(total, n=100)[-1]
+    rows.append(Row(case, "step, p99", "ms", p99, None, "", None, "", None, 0.0))
+    return rows
+
+
+def main() -> None:
+    cases: dict[str, tuple[int, int | None, bool]] = {f"{n} decode": (n, None, False) for n in (16, 64, 256, 1024)}
+    cases["256 decode, 2 end and 2 cached prompts begin in a step"] = (256, 128, True)
+    cases["256 decode, 2 end and 2 prompts of 300 tokens begin in a step"] = (256, 128, False)
+    laps = {name: Lap() for name in cases}
+    running = {name: Case(n, mean_tokens=mean, is_cached=cached) for name, (n, mean, cached) in cases.items()}
+    for _ in range(NUM_ROUNDS):  # interleaved
+        for name, case in running.items():
+            case.measure(laps[name])
+    rows = []
+    for name, lap in laps.items():
+        rows += rows_of(name, lap, 0.25 if name.startswith("256") else None)
+    write("scheduler", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""From logits to tokens: the next one of each sequence, and which drafts were right. Engine thread only.
+
+A draft is accepted when it equals the token drawn before it, so a row counts only if all drafts up to it were. One exception
+boundary a sequence: what cannot be sampled fails alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
+from splitfire.engine.lanes import Ints
+from splitfire.engine.scheduler import Slice, Step, newest
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What one sequence's rows came to: its tokens, all but the last equal to the drafts, or why there is none."""
+
+    tokens: tuple[SampledToken, ...]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """What a step came to. Most sequences that decode get a token and nothing with it."""
+
+    token_ids: Ints  # [len(step.decoding)]; means nothing for those in `others`
+    others: Mapping[int, Drawn]  # by index in step.decoding: with log-probabilities, or failed
+    slices: Mapping[int, Drawn]  # by index in step.slices, of those that reach their sequence's end
+
+    @classmethod
+    def of_pieces(cls, step: Step, drawn: Mapping[int, Drawn]) -> StepTokens:
+        """From what each of `step.pieces()` came to."""
+        count = len(step.decoding)
+        others = {i: d for i, d in drawn.items() if i < count}
+        return cls(np.zeros(count, np.int64), others, {i - count: d for i, d in drawn.items() if i >= count})
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Logits, and what is known of them as a whole."""
+
+    logits: Tensor  # [rows, vocab] fp32
+    best: Ints  # [rows] the most likely token of each
+    is_finite: NDArray[np.bool_]  # [rows]
+
+
+def draw(logits: Tensor, step: Step) -> StepTokens:
+    """logits [rows, vocab] fp32: a row for each of `step.decoding`; then, of each slice that samples, one row after its last token
+    and one after each of its drafts."""
+    # A sum is not finite when one of its terms is not; it reads the logits once and writes nothing.
+    rows = _Rows(logits, logits.argmax(-1).numpy(force=True), logits.sum(-1).isfinite().numpy(force=True))
+    token_ids, others = _draw_decoding(rows, step)
+    slices: dict[int, Drawn] = {}
+    begin = len(step.decoding)
+    for i, piece in enumerate(step.slices):
+        if piece.samples:
+            slices[i] = _draw_slice(rows, begin, piece)
+            begin += 1 + len(piece.drafts)
+    return StepTokens(token_ids, others, slices)
+
+
+def _draw_decoding(rows: _Rows, step: Step) -> tuple[Ints, dict[int, Drawn]]:
+    columns, lanes = step.lanes, step.decoding.lanes
+    token_ids, is_finite = rows.best[: len(lanes)], rows.is_finite[: len(lanes)]
+    is_plain = is_finite & (columns.greedy_from[lanes] <= columns.num_tokens[lanes])
+    if is_plain.all():
+        return token_ids, {}
+    others = {i: Drawn((), "nonfinite_logits") for i in (~is_finite).nonzero()[0].tolist()}
+    asked = (is_finite & ~is_plain).nonzero()[0]
+    pieces = [newest(sequence) for sequence in columns.at(lanes[asked])]
+    tokens = _sample_each(rows.logits[asked], [_row(piece, 0) for piece in pieces])
+    for i, token in zip(asked.tolist(), tokens, strict=True):
+        if token is not None and token.logprob is None:
+            token_ids[i] = token.token_id
+        else:
+            others[i] = _drawn(token)
+    return token_ids, others
+
+
+def _draw_slice(rows: _Rows, begin: int, piece: Slice) -> Drawn:
+    """`begin`: its first row."""
+    if not rows.is_finite[begin]:
+        return Drawn((), "nonfinite_logits")
+    greedy_from = piece.sequence.greedy_from
+    if greedy_from is not None and piece.end >= greedy_from:
+        return Drawn(_verify_greedy(rows, begin, piece))
+    token = _sample_one(rows.logits[begin : begin + 1], _row(piece, 0))
+    return Drawn(_verify(rows, begin, piece, token)) if token is not None else _drawn(None)
+
+
+def _verify_greedy(rows: _Rows, begin: int, piece: Slice) -> tuple[SampledToken, ...]:
+    """As `_verify`, where the most likely token is the one."""
+    best = rows.best[begin : begin + 1 + len(piece.drafts)].tolist()
+    count = 1
+    while count < len(best) and _goes_on(rows, begin + count, piece, count, best[count - 1]):
+        count += 1
+    return tuple(SampledToken(token, None, ()) for token in best[:count])
+
+
+def _verify(rows: _Rows, begin: int, piece: Slice, token: SampledToken) -> tuple[SampledToken, ...]:
+    """`token` and what follows it for as long as drafts are right. A row that cannot be sampled ends that as a wrong draft would:
+    it is computed again as the next step's first row, and fails the sequence there, after the tokens before it."""
+    tokens = [token]
+    while len(tokens) <= len(piece.drafts) and _goes_on(rows, begin + len(tokens), piece, len(tokens), tokens[-1].token_id):
+        at = begin + len(tokens)
+        following = _sample_one(rows.logits[at : at + 1], _row(piece, len(tokens)))
+        if following is None:
+            break
+        tokens.append(following)
+    return tuple(tokens)
+
+
+def _goes_on(rows: _Rows, row: int, piece: Slice, count: int, token_id: int) -> bool:
+    """Whether `row` counts, which follows `count` tokens of which `token_id` is the last."""
+    is_right = token_id == piece.drafts[count - 1] and token_id not in piece.sequence.spec.stopping.stop_token_ids
+    return is_right and bool(rows.is_finite[row])
+
+
+def _drawn(token: SampledToken | None) -> Drawn:
+    return Drawn((), "sampling_failed") if token is None else Drawn((token,))
+
+
+def _sample_each(logits: Tensor, rows: Seq[SampleRow]) -> list[SampledToken | None]:
+    """None for a row that raises; the others get the same tokens whether one did or not."""
+    try:
+        return [*sample(logits, rows)]
+    except Exception:
+        return [_sample_one(logits[i : i + 1], row) for i, row in enumerate(rows)]
+
+
+def _sample_one(logits: Tensor, row: SampleRow) -> SampledToken | None:
+    try:
+        return sample(logits, [row])[0]
+    except Exception:
+        return None
+
+
+def _row(piece: Slice, num_drafts: int) -> SampleRow:
+    """The draw after the piece's first `num_drafts` drafts, as if they were tokens already."""
+    sequence = piece.sequence
+    spec = sequence.spec
+    return SampleRow(
+        sampling=spec.sampling,
+        choice=spec.choice,
+        position=sequence.num_tokens + num_drafts,
+        prompt_ids=spec.prompt,
+        output_ids=[*sequence.tokens[len(spec.prompt) :], *piece.drafts[:num_drafts]] if spec.sampling.has_penalties else (),
+        blocked_ids=spec.stopping.stop_token_ids if sequence.num_output + num_drafts < spec.stopping.min_tokens else frozenset(),
+    )

@@ -1,0 +1,74 @@
+"""Blocks on loan to the io thread: those of sequences whose KV arrives from elsewhere. Any thread; takes the engine's lock.
+
+What is lent is RESERVED, so no sequence can see it. A reservation ends by `forfeit`, or by the engine's `join`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from splitfire.core.hashing import BlockHash
+from splitfire.engine.blocks import BlockId, BlockState
+from splitfire.engine.scheduler import Scheduler
+from splitfire.engine.sequence import SequenceSpec
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Blocks lent to intake: the leading `num_pinned` are shared from the prefix cache, the rest RESERVED.
+
+    Owned by the io thread from `reserve` until `join` or `forfeit`.
+    """
+
+    spec: SequenceSpec
+    block_ids: list[BlockId]
+    num_pinned: int
+
+
+class Lending:
+    """Lends while enough is left: a block and a lane for each sequence that runs or has been promised one."""
+
+    def __init__(self, scheduler: Scheduler, lock: threading.Lock, block_size: int) -> None:
+        self._scheduler = scheduler
+        self._blocks = scheduler.pool
+        self._lock = lock
+        self._block_size = block_size
+
+    @property
+    def is_short(self) -> bool:
+        """Sequences that run may soon find no block, while some are lent."""
+        with self._lock:
+            num_running = len(self._scheduler.running)
+            return self._scheduler.num_reserved > 0 and num_running > 0 and self._blocks.num_available < (num_running + 1) // 2
+
+    def reserve(self, spec: SequenceSpec) -> Reservation | None:
+        """Blocks for a sequence whose KV will arrive; None when there are not enough, or too many sequences, right now."""
+        size = self._block_size
+        wanted = -(-spec.num_tokens // size)
+        with self._lock:
+            if self._scheduler.num_free_lanes < 1:
+                return None
+            pinned = self._blocks.match(spec.block_hashes[: (spec.num_tokens - 1) // size])
+            num_left = self._blocks.num_available - (wanted - len(pinned))
+            rest = self._blocks.allocate(wanted - len(pinned), BlockState.RESERVED)
+            if rest is None or num_left < len(self._scheduler.running):
+                self._blocks.release([*pinned, *(rest or ())])
+                return None
+            self._scheduler.num_reserved += 1
+        return Reservation(spec, [*pinned, *rest], len(pinned))
+
+    def commit(self, reservation: Reservation, first_block: int, num_blocks: int, names: Seq[BlockHash]) -> None:
+        """Blocks [first_block, first_block + num_blocks) of a reservation were verified and written; full ones get shareable."""
+        full = reservation.spec.num_tokens // self._block_size
+        with self._lock:
+            for block in range(first_block, min(first_block + num_blocks, full)):
+                self._blocks.commit(reservation.block_ids[block], names[block])
+
+    def forfeit(self, reservation: Reservation) -> None:
+        """Gives a reservation's blocks back; nothing joins."""
+        with self._lock:
+            self._scheduler.num_reserved -= 1
+            self._blocks.release(reservation.block_ids)
+        reservation.block_ids = []
