@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from splitfire.core.hashing import chain_root, hash_blocks
@@ -16,11 +17,13 @@ from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.drafting import Speculator
 from splitfire.engine.engine import Engine
+from splitfire.engine.kernels.native import step as native
 from splitfire.engine.kernels.sample import SampledToken
+from splitfire.engine.models.compiled import CompiledTransformer
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.pool import TORCH_DTYPES, KvPool
-from splitfire.engine.runner import Runner
+from splitfire.engine.runner import Model, Runner
 from splitfire.engine.scheduler import Budget
 from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
 from splitfire.engine.updates import SequenceUpdate
@@ -39,8 +42,19 @@ def load_model(path: Path, dtype: str = "fp32", context: int | None = None, is_i
     )
 
 
+needs_compiled = pytest.mark.skipif(
+    not native.is_available(), reason="no compiled step: no compiler, or a processor without AVX-512"
+)
+
+
+def load_compiled(path: Path, dtype: str = "fp32", *, num_threads: int = 2, is_int8: bool = False) -> CompiledTransformer:
+    """The same model as one compiled call a step; it takes the weights over, so it loads them anew."""
+    model = load_model(path, dtype, is_int8=is_int8)
+    return CompiledTransformer(model.config, model.weights, model.rope, num_threads)
+
+
 def make_engine(
-    model: Transformer,
+    model: Model,
     *,
     dtype: str = "fp32",
     block_size: int = 32,

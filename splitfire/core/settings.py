@@ -141,8 +141,12 @@ class WorkerSettings(ServiceSettings):
         "", description="name in logs and fleet; default: the role and a random number", max_length=limits.MAX_WORKER_ID_CHARS
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
+    kernels: Literal["auto", "torch"] = Field(
+        "auto", description="torch: the reference everywhere; auto: what was compiled for this machine, torch otherwise"
+    )
     dtype: Dtype = Field(
-        "auto", description="of computation, and of weights not in int8; auto: the checkpoint's, fp32 on a CPU without bf16 units"
+        "auto",
+        description="of computation, and of weights not in int8; auto: the checkpoint's, fp32 on a CPU that torch alone would be slow on",
     )
     weights: Literal["auto", "int8"] = Field(
         "auto", description="of matrices: int8 with a scale for each row, made while loading; auto: the dtype of computation"

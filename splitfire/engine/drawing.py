@@ -11,11 +11,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
 from splitfire.engine.lanes import Ints
+from splitfire.engine.logits import Logits
 from splitfire.engine.scheduler import Slice, Step, newest
 
 
@@ -43,20 +43,9 @@ class StepTokens:
         return cls(np.zeros(count, np.int64), others, {i - count: d for i, d in drawn.items() if i >= count})
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Logits, and what is known of them as a whole."""
-
-    logits: Tensor  # [rows, vocab] fp32
-    best: Ints  # [rows] the most likely token of each
-    is_finite: NDArray[np.bool_]  # [rows]
-
-
-def draw(logits: Tensor, step: Step) -> StepTokens:
-    """logits [rows, vocab] fp32: a row for each of `step.decoding`; then, of each slice that samples, one row after its last token
+def draw(rows: Logits, step: Step) -> StepTokens:
+    """Of `rows` one for each of `step.decoding`; then, of each slice that samples, one row after its last token
     and one after each of its drafts."""
-    # A sum is not finite when one of its terms is not; it reads the logits once and writes nothing.
-    rows = _Rows(logits, logits.argmax(-1).numpy(force=True), logits.sum(-1).isfinite().numpy(force=True))
     token_ids, others = _draw_decoding(rows, step)
     slices: dict[int, Drawn] = {}
     begin = len(step.decoding)
@@ -67,16 +56,17 @@ def draw(logits: Tensor, step: Step) -> StepTokens:
     return StepTokens(token_ids, others, slices)
 
 
-def _draw_decoding(rows: _Rows, step: Step) -> tuple[Ints, dict[int, Drawn]]:
+def _draw_decoding(rows: Logits, step: Step) -> tuple[Ints, dict[int, Drawn]]:
     columns, lanes = step.lanes, step.decoding.lanes
-    token_ids, is_finite = rows.best[: len(lanes)], rows.is_finite[: len(lanes)]
+    token_ids = rows.best[: len(lanes)]
+    is_finite = token_ids >= 0
     is_plain = is_finite & (columns.greedy_from[lanes] <= columns.num_tokens[lanes])
     if is_plain.all():
         return token_ids, {}
     others = {i: Drawn((), "nonfinite_logits") for i in (~is_finite).nonzero()[0].tolist()}
     asked = (is_finite & ~is_plain).nonzero()[0]
     pieces = [newest(sequence) for sequence in columns.at(lanes[asked])]
-    tokens = _sample_each(rows.logits[asked], [_row(piece, 0) for piece in pieces])
+    tokens = _sample_each(rows.values[asked], [_row(piece, 0) for piece in pieces])
     for i, token in zip(asked.tolist(), tokens, strict=True):
         if token is not None and token.logprob is None:
             token_ids[i] = token.token_id
@@ -85,18 +75,18 @@ def _draw_decoding(rows: _Rows, step: Step) -> tuple[Ints, dict[int, Drawn]]:
     return token_ids, others
 
 
-def _draw_slice(rows: _Rows, begin: int, piece: Slice) -> Drawn:
+def _draw_slice(rows: Logits, begin: int, piece: Slice) -> Drawn:
     """`begin`: its first row."""
-    if not rows.is_finite[begin]:
+    if rows.best[begin] < 0:
         return Drawn((), "nonfinite_logits")
     greedy_from = piece.sequence.greedy_from
     if greedy_from is not None and piece.end >= greedy_from:
         return Drawn(_verify_greedy(rows, begin, piece))
-    token = _sample_one(rows.logits[begin : begin + 1], _row(piece, 0))
+    token = _sample_one(rows.values[begin : begin + 1], _row(piece, 0))
     return Drawn(_verify(rows, begin, piece, token)) if token is not None else _drawn(None)
 
 
-def _verify_greedy(rows: _Rows, begin: int, piece: Slice) -> tuple[SampledToken, ...]:
+def _verify_greedy(rows: Logits, begin: int, piece: Slice) -> tuple[SampledToken, ...]:
     """As `_verify`, where the most likely token is the one."""
     best = rows.best[begin : begin + 1 + len(piece.drafts)].tolist()
     count = 1
@@ -105,23 +95,23 @@ def _verify_greedy(rows: _Rows, begin: int, piece: Slice) -> tuple[SampledToken,
     return tuple(SampledToken(token, None, ()) for token in best[:count])
 
 
-def _verify(rows: _Rows, begin: int, piece: Slice, token: SampledToken) -> tuple[SampledToken, ...]:
+def _verify(rows: Logits, begin: int, piece: Slice, token: SampledToken) -> tuple[SampledToken, ...]:
     """`token` and what follows it for as long as drafts are right. A row that cannot be sampled ends that as a wrong draft would:
     it is computed again as the next step's first row, and fails the sequence there, after the tokens before it."""
     tokens = [token]
     while len(tokens) <= len(piece.drafts) and _goes_on(rows, begin + len(tokens), piece, len(tokens), tokens[-1].token_id):
         at = begin + len(tokens)
-        following = _sample_one(rows.logits[at : at + 1], _row(piece, len(tokens)))
+        following = _sample_one(rows.values[at : at + 1], _row(piece, len(tokens)))
         if following is None:
             break
         tokens.append(following)
     return tuple(tokens)
 
 
-def _goes_on(rows: _Rows, row: int, piece: Slice, count: int, token_id: int) -> bool:
+def _goes_on(rows: Logits, row: int, piece: Slice, count: int, token_id: int) -> bool:
     """Whether `row` counts, which follows `count` tokens of which `token_id` is the last."""
     is_right = token_id == piece.drafts[count - 1] and token_id not in piece.sequence.spec.stopping.stop_token_ids
-    return is_right and bool(rows.is_finite[row])
+    return is_right and rows.best[row] >= 0
 
 
 def _drawn(token: SampledToken | None) -> Drawn:

@@ -139,7 +139,9 @@ class Lanes:
         for append, token in zip(decoding.appends, token_ids.tolist(), strict=True):
             append(token)
         stops = self.stop_ids.take(lanes, 0) == token_ids[:, None]
-        has_stopped = stops.any(1) if stops.any() else np.zeros(len(lanes), np.bool_)  # the second is five times faster than the first
+        has_stopped = (
+            stops.any(1) if stops.any() else np.zeros(len(lanes), np.bool_)
+        )  # the second is five times faster than the first
         return Appended(
             has_stopped,
             has_stopped | (after >= self.ends_at[lanes]),

@@ -20,6 +20,8 @@ from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.engine import Engine
+from splitfire.engine.models import compiled
+from splitfire.engine.models.compiled import CompiledTransformer
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import Transformer, Weights
 from splitfire.engine.pool import TORCH_DTYPES, KvPool
@@ -57,7 +59,9 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     max_context = settings.max_context or config.max_positions
     if max_context > config.max_positions and config.rope.rope_type != "dynamic":
         raise ConfigError(f"max_context is {max_context}, the model's positions end at {config.max_positions}")
-    dtype = _dtype(settings.dtype, config.stored_dtype, device)
+    is_compiled = settings.kernels == "auto" and device.type == "cpu" and compiled.fits(config)
+    dtype = _dtype(settings.dtype, config.stored_dtype, device, is_compiled=is_compiled)
+    is_compiled = is_compiled and dtype != "fp16"
     layout = KvLayout(
         dtype if settings.kv_dtype == "auto" else settings.kv_dtype,
         config.num_layers,
@@ -66,8 +70,10 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
         settings.block_size,
     )
     num_blocks = num_blocks_of(settings.kv_memory, layout, max_context)
-    options = LoadOptions(TORCH_DTYPES[dtype], device, settings.allow_nonfinite, settings.weights == "int8")
-    num_weight_bytes = weight_bytes(config, dtype, options.is_int8)
+    # A compiled step computes in fp32 from weights of any kind: what is stored as bf16 says the same in half the memory.
+    held = config.stored_dtype if is_compiled and dtype == "fp32" and config.stored_dtype == "bf16" and not config.quant else dtype
+    options = LoadOptions(TORCH_DTYPES[held], device, settings.allow_nonfinite, settings.weights == "int8")
+    num_weight_bytes = weight_bytes(config, held, options.is_int8)
     check_memory(num_weight_bytes, num_blocks * layout.block_bytes, device)
     with ThreadPoolExecutor(1, "digest") as pool:
         digest = pool.submit(weights_digest, sorted({entry.file for entry in model.tensors().values()}))
@@ -80,8 +86,12 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
             weight_format(config.quant, options.is_int8),
             settings.block_size,
         )
-    log.info("weights loaded", format=fingerprint.weight_format, dtype=dtype, bytes=num_weight_bytes)
-    transformer = Transformer(config, weights, rope_table(config.rope, config.head_dim, max_context, device))
+    kernels = "compiled" if is_compiled else "torch"
+    log.info("weights loaded", format=fingerprint.weight_format, dtype=held, bytes=num_weight_bytes, kernels=kernels)
+    rope = rope_table(config.rope, config.head_dim, max_context, device)
+    transformer = (
+        CompiledTransformer(config, weights, rope, torch.get_num_threads()) if is_compiled else Transformer(config, weights, rope)
+    )
     runner = Runner(transformer, KvPool(layout, num_blocks, device))
     blocks = BlockPool(num_blocks, caches_prefixes=settings.prefix_cache)
     chunk_tokens = settings.chunk_tokens or max(CHUNK_TOKENS[device.type], settings.block_size)
@@ -119,11 +129,11 @@ def _device(settings: WorkerSettings) -> torch.device:
     return torch.device(settings.device)
 
 
-def _dtype(asked: str, stored: str, device: torch.device) -> str:
-    """On a CPU without bf16 units fp32 is several times faster than bf16, which it would have to emulate."""
+def _dtype(asked: str, stored: str, device: torch.device, *, is_compiled: bool) -> str:
+    """On a CPU without bf16 units torch is several times faster in fp32 than in bf16, which it would have to emulate."""
     if asked != "auto":
         return asked
-    if device.type == "cpu" and (stored == "fp16" or not torch.cpu._is_avx512_bf16_supported()):
+    if device.type == "cpu" and (stored == "fp16" or not (is_compiled or torch.cpu._is_avx512_bf16_supported())):
         return "fp32"
     return stored
 

@@ -296,6 +296,7 @@ def test_nan_behind_a_wrong_draft_does_not_matter(pico: Transformer, monkeypatch
 
 def poison_token(model: Transformer, monkeypatch: pytest.MonkeyPatch, token: int) -> None:
     """A weight of this token is NaN: all that is computed from it is."""
+    assert isinstance(model.weights.embed, torch.Tensor)
     embed = model.weights.embed.clone()
     embed[token, 0] = float("nan")
     monkeypatch.setattr(model, "weights", replace(model.weights, embed=embed))  # the head keeps its own

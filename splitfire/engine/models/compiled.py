@@ -1,63 +1,54 @@
 """The transformer of transformer.py as one compiled call a step, on CPUs that native/step.cpp runs on. Engine thread only.
 
-Weights are packed once, when it is built; activations are fp32 whatever the weights are. A row's results are the same bits in
-any batch, chunk and number of threads.
+Activations are fp32 whatever the weights are. A row's results are the same bits in any batch, chunk and number of threads.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from splitfire.core.model_config import ModelConfig
+from splitfire.engine.batch import StepBatch
+from splitfire.engine.kernels.linear import Int8Matrix, Matrix
 from splitfire.engine.kernels.native import step as native
+from splitfire.engine.logits import Logits
 from splitfire.engine.models.rope import RopeTable
 from splitfire.engine.models.transformer import LayerWeights, Weights
 from splitfire.engine.pool import KvPool
 
 
 class CompiledTransformer:
-    """Owns the packed weights and the threads."""
+    """Takes the weights over: they are packed where they lie, and mean nothing to others afterwards."""
 
     def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable, num_threads: int) -> None:
-        assert runs(config, weights)
+        assert fits(config)
         self.config = config
         self._kept: list[Tensor] = []  # what the structures point to
         self._engine = native.StepEngine(num_threads)
         self._layers = (native.Layer * config.num_layers)(
             *(self._layer(layer, window) for layer, window in zip(weights.layers, config.windows, strict=True))
         )
-        is_tied = weights.lm_head is weights.embed
+        embed, scales = (None, None) if weights.lm_head is weights.embed else self._rows(weights.embed)
         self._model = native.Model(
             config.num_layers, config.hidden_size, config.num_heads, config.intermediate_size, config.rms_norm_eps, rope.attention_factor,
-            self._layers, self._floats(rope.inverse_frequencies), self._floats(weights.final_norm), self._matrix(weights.lm_head, None),
-            None if is_tied else self._keep(weights.embed.contiguous()), None,
+            self._layers, self._floats(rope.inverse_frequencies), self._floats(weights.final_norm), self._matrix(weights.lm_head),
+            embed, scales,
         )  # fmt: skip
 
-    def step(
-        self,
-        token_ids: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
-        spans: npt.NDArray[np.int64],
-        tables: npt.NDArray[np.int32],
-        rows: npt.NDArray[np.int64],
-        pool: KvPool,
-    ) -> tuple[Tensor, list[int]]:
-        logits = torch.empty(len(rows), self.config.vocab_size)
-        best = np.empty(len(rows), np.int64)
-        self._engine.run(
-            self._model, native.pool_of(pool.raw, pool.layout),
-            native.Step(
-                len(token_ids), len(spans), len(rows), token_ids.ctypes.data, positions.ctypes.data, spans.ctypes.data,
-                tables.ctypes.data, rows.ctypes.data, logits.data_ptr(), best.ctypes.data,
-            ),
+    def compute(self, batch: StepBatch, pool: KvPool) -> Logits:
+        """Writes the KV of every row into the pool; logits of those that are asked for."""
+        num_rows = len(batch.logit_rows)
+        values, best = torch.empty(num_rows, self.config.vocab_size), np.empty(num_rows, np.int64)
+        arrays = (batch.token_ids, batch.positions, batch.query_begins, batch.context_lens, batch.lanes, batch.block_tables)
+        assert all(array.flags.c_contiguous for array in (*arrays, batch.logit_rows))
+        step = native.Step(
+            len(batch.token_ids), len(batch.context_lens), num_rows, *(array.ctypes.data for array in arrays),
+            batch.block_tables.shape[1], batch.logit_rows.ctypes.data, values.data_ptr(), best.ctypes.data,
         )  # fmt: skip
-        return logits, best.tolist()
+        self._engine.run(self._model, native.pool_of(pool.raw, pool.layout), step)
+        return Logits(values, best)
 
     # -- packing
 
@@ -67,15 +58,29 @@ class CompiledTransformer:
             self._floats(layer.input_norm), self._matrix(layer.qkv, layer.qkv_bias),
             None if norm is None else self._floats(norm.q_weight), None if norm is None else self._floats(norm.k_weight),
             self._matrix(layer.out, layer.out_bias), self._floats(layer.post_norm),
-            self._matrix(interleave(layer.gate_up), layer.gate_up_bias), self._matrix(layer.down, layer.down_bias),
+            self._matrix(layer.gate_up, layer.gate_up_bias, num_parts=2), self._matrix(layer.down, layer.down_bias),
             native.NO_WINDOW if window is None else window,
         )  # fmt: skip
 
-    def _matrix(self, weight: Tensor, bias: Tensor | None) -> native.Matrix:
+    def _matrix(self, matrix: Matrix, bias: Tensor | None = None, num_parts: int = 1) -> native.Matrix:
+        """Of several parts, one below the other and equally high, panels come in turn."""
+        elements, scales = (matrix.elements, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix, None)
+        columns, inputs = elements.shape
+        if num_parts > 1:
+            columns = num_parts * native.PANEL * -(-columns // (num_parts * native.PANEL))
+            scales = None if scales is None else native.interleave_panels(scales[:, None], num_parts)[:, 0]
+        panels = native.pack_panels(native.interleave_panels(elements, num_parts))
+        if panels.numel() == elements.numel() and elements.is_contiguous():
+            panels = elements.view(-1).copy_(panels)
         return native.Matrix(
-            self._keep(native.pack_panels(weight)), None, None if bias is None else self._floats(bias),
-            weight.shape[0], weight.shape[1], native.WEIGHTS.index(weight.dtype),
+            self._keep(panels), None if scales is None else self._floats(scales), None if bias is None else self._floats(bias),
+            columns, inputs, native.WEIGHTS.index(elements.dtype),
         )  # fmt: skip
+
+    def _rows(self, matrix: Matrix) -> tuple[int, int | None]:
+        if isinstance(matrix, Int8Matrix):
+            return self._keep(matrix.elements.contiguous()), self._floats(matrix.scales)
+        return self._keep(matrix.contiguous()), None
 
     def _floats(self, x: Tensor) -> int:
         return self._keep(x.float().contiguous())
@@ -85,22 +90,12 @@ class CompiledTransformer:
         return x.data_ptr()
 
 
-def interleave(gate_up: Tensor) -> Tensor:
-    """[2 * intermediate, hidden], gate's rows first -> the panels of both in turn, each filled up to whole ones."""
-    halves = gate_up.chunk(2)
-    missing = -len(halves[0]) % native.PANEL
-    padded = [torch.cat((h, h.new_zeros(missing, h.shape[1]))) if missing else h for h in halves]
-    return torch.stack([p.view(-1, native.PANEL, p.shape[1]) for p in padded], 1).view(-1, gate_up.shape[1])
-
-
-def runs(config: ModelConfig, weights: Weights) -> bool:
-    """Whether this model, in the dtype of its weights, can be run here."""
+def fits(config: ModelConfig) -> bool:
+    """Whether models of this shape run compiled on this machine, with weights in bf16, fp32 or int8."""
     widths = (config.hidden_size, config.intermediate_size, config.head_dim)
     return (
         native.is_available()
         and all(width % native.LANES == 0 for width in widths)
         and config.head_dim <= native.MAX_HEAD_DIM
         and config.num_heads // config.num_kv_heads <= native.MAX_GROUP
-        and weights.embed.device.type == "cpu"
-        and weights.embed.dtype in native.WEIGHTS
     )

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from splitfire.core.model_config import ModelConfig
-from splitfire.engine.kernels.attention import AttentionStep, attend
+from splitfire.engine.batch import StepBatch
+from splitfire.engine.kernels.attention import AttentionStep, attend, plan_batch
 from splitfire.engine.kernels.linear import Matrix, embed, linear
 from splitfire.engine.kernels.norm import rms_norm, silu_mul
 from splitfire.engine.kernels.rope import CacheTargets, QkNorm, Rotation, rope_norm_write
+from splitfire.engine.logits import Logits
 from splitfire.engine.models.rope import RopeTable
 from splitfire.engine.pool import KvPool
 
@@ -56,18 +60,39 @@ class StepInput:
     attention: AttentionStep
 
 
+def step_input(batch: StepBatch, pool: KvPool) -> StepInput:
+    """The tensors of a batch, on the pool's device."""
+    device, size = pool.device, pool.layout.block_size
+    counts = np.diff(batch.query_begins)
+    blocks, offsets = np.divmod(batch.positions, size)
+    blocks = batch.block_tables[np.repeat(batch.lanes, counts), blocks].astype(np.int64)
+    num_blocks = -(-batch.context_lens // size)
+    tables = batch.block_tables[batch.lanes, : num_blocks.max()]
+    attention = plan_batch(batch.query_begins, batch.context_lens, tables, num_blocks, device)
+    targets = CacheTargets(torch.from_numpy(blocks).to(device), torch.from_numpy(offsets).to(device))
+    token_ids, positions = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions)
+    return StepInput(token_ids.to(device), positions.to(device), targets, attention)
+
+
 class Transformer:
-    """`forward` writes the new tokens' KV into the pool and returns their last hidden states. Engine thread only."""
+    """The reference, in torch, on any device. Engine thread only."""
 
     def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable) -> None:
         self.config = config
         self.weights = weights
-        self._rope = rope
+        self.rope = rope
+
+    def compute(self, batch: StepBatch, pool: KvPool) -> Logits:
+        """Writes the KV of every row into the pool; logits of those that are asked for."""
+        hidden = self.forward(step_input(batch, pool), pool)
+        if len(batch.logit_rows) < len(batch.token_ids):
+            hidden = hidden[torch.from_numpy(batch.logit_rows).to(hidden.device)]
+        return Logits.of(self.logits(hidden))
 
     def forward(self, step: StepInput, pool: KvPool) -> Tensor:
         """-> [num_tokens, hidden], before the final norm."""
         hidden = embed(step.token_ids, self.weights.embed, self.weights.final_norm.dtype)
-        rotation = self._rope.rotation(step.positions)
+        rotation = self.rope.rotation(step.positions)
         for index, layer in enumerate(self.weights.layers):
             normed = rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)
             hidden = hidden + self._attention(index, normed, layer, rotation, step, pool)

@@ -129,6 +129,17 @@ def pack_panels(weight: Tensor) -> Tensor:
     return weight.view(panels, PANEL, inputs).permute(0, 2, 1).contiguous().view(-1)
 
 
+def interleave_panels(weight: Tensor, num_parts: int) -> Tensor:
+    """weight [columns, inputs], `num_parts` parts of equal height one below the other -> their panels in turn, each part filled up to whole
+    panels."""
+    if num_parts == 1:
+        return weight
+    parts = weight.chunk(num_parts)
+    missing = -len(parts[0]) % PANEL
+    whole = [torch.cat((p, p.new_zeros(missing, p.shape[1]))) if missing else p for p in parts]
+    return torch.stack([p.view(-1, PANEL, p.shape[1]) for p in whole], 1).view(-1, weight.shape[1])
+
+
 def pool_of(raw: Tensor, layout: KvLayout) -> Pool:
     """The structure of a KV pool's bytes."""
     return Pool(

@@ -1,0 +1,251 @@
+"""The compiled step against the torch one, and against itself in other batches, chunks and numbers of threads: bit by bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from splitfire.core.layout import KvLayout
+from splitfire.engine.batch import StepBatch
+from splitfire.engine.kernels.linear import Int8Matrix, Matrix, linear, quantise_rows
+from splitfire.engine.kernels.native import step as native
+from splitfire.engine.logits import Logits
+from splitfire.engine.models.compiled import CompiledTransformer
+from splitfire.engine.models.transformer import Transformer
+from splitfire.engine.pool import KvPool
+from tests.checkpoints import PICO, family_configs, save_checkpoint
+from tests.engines import load_compiled, load_model, needs_compiled
+
+pytestmark = needs_compiled
+
+BLOCK_SIZE, NUM_BLOCKS = 16, 40
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens [begin, end) of a sequence, computed in one step."""
+
+    sequence: int
+    begin: int
+    end: int
+
+
+class Bench:
+    """Some sequences in one pool, their blocks shuffled, computed piece by piece."""
+
+    def __init__(self, model: Transformer | CompiledTransformer, dtype: str, prompts: Sequence[Sequence[int]]) -> None:
+        config = model.config
+        self.model = model
+        self.prompts = prompts
+        layout = KvLayout(dtype, config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE)
+        self.pool = KvPool(layout, NUM_BLOCKS, torch.device("cpu"))
+        self.pool.raw.fill_(0xFF)  # NaN, or values out of place
+        per_sequence = NUM_BLOCKS // len(prompts)
+        ids = np.random.default_rng(1).permutation(NUM_BLOCKS)[: per_sequence * len(prompts)]
+        self.tables = ids.reshape(len(prompts), per_sequence).astype(np.int32)
+
+    def step(self, pieces: Sequence[Piece]) -> Logits:
+        """Logits of every row."""
+        tokens = [t for p in pieces for t in self.prompts[p.sequence][p.begin : p.end]]
+        positions = [at for p in pieces for at in range(p.begin, p.end)]
+        begins = np.cumsum([0, *(p.end - p.begin for p in pieces)])
+        batch = StepBatch(
+            np.array(tokens), np.array(positions), begins, np.array([p.end for p in pieces]),
+            np.array([p.sequence for p in pieces]), self.tables, np.arange(len(tokens)), 0,
+        )  # fmt: skip
+        with torch.inference_mode():
+            return self.model.compute(batch, self.pool)
+
+    def kv(self, sequence: int) -> Tensor:
+        """Bytes of the blocks that are full."""
+        full = len(self.prompts[sequence]) // BLOCK_SIZE
+        return self.pool.raw[self.tables[sequence, :full].astype(np.int64), : self.pool.layout.content_bytes]
+
+    def whole(self) -> Tensor:
+        """Every sequence in one step each; logits of all tokens, one after the other."""
+        return torch.cat([self.step([Piece(i, 0, len(p))]).values for i, p in enumerate(self.prompts)])
+
+
+def prompts_of(*lens: int, vocab: int = 4096) -> list[list[int]]:
+    draw = np.random.default_rng(7)
+    return [draw.integers(0, vocab, n).tolist() for n in lens]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    for name, config in family_configs().items():
+        save_checkpoint(config, root / name)
+    return {name: root / name for name in family_configs()}
+
+
+@pytest.fixture(scope="module")
+def pico() -> CompiledTransformer:
+    return load_compiled(PICO)
+
+
+# -- matrix products
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_product_is_that_of_torch_at_awkward_sizes(dtype: torch.dtype, threads: int) -> None:
+    engine = native.StepEngine(threads)
+    torch.manual_seed(0)
+    for columns, inputs in ((1, 16), (31, 48), (32, 16), (33, 80), (100, 64), (576, 1536)):
+        for rows in (1, 2, 11, 12, 13, 25, 119, 120, 121):
+            x, weight = torch.randn(rows, inputs), torch.randn(columns, inputs)
+            bias = torch.randn(columns)
+            matrix: Matrix = quantise_rows(weight) if dtype == torch.int8 else weight.to(dtype)
+            elements, scales = (matrix.elements, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix, None)
+            panels = native.pack_panels(elements)
+            twin = native.Matrix(
+                panels.data_ptr(), None if scales is None else scales.data_ptr(), bias.data_ptr(), columns, inputs,
+                native.WEIGHTS.index(dtype),
+            )  # fmt: skip
+            got = engine.multiply(twin, x)
+            want = linear(x.double(), matrix.double() if isinstance(matrix, Tensor) else matrix, bias.double())
+            assert (got - want).abs().max() <= 1e-5 * (want.abs().max() + 1), (columns, inputs, rows)
+
+
+def test_a_row_of_a_product_knows_nothing_of_the_others() -> None:
+    engine = native.StepEngine(2)
+    torch.manual_seed(0)
+    weight, x = torch.randn(200, 192).bfloat16(), torch.randn(150, 192)
+    panels = native.pack_panels(weight)
+    matrix = native.Matrix(panels.data_ptr(), None, None, 200, 192, 0)
+    whole = engine.multiply(matrix, x)
+    for begin, end in ((0, 1), (3, 5), (7, 20), (0, 13), (20, 150)):
+        assert torch.equal(engine.multiply(matrix, x[begin:end].clone()), whole[begin:end])
+
+
+# -- steps
+
+
+@pytest.mark.parametrize("name", family_configs())
+def test_every_family_computes_what_torch_computes(name: str, checkpoints: dict[str, Path]) -> None:
+    prompts = prompts_of(150, 17, 1)
+    want = Bench(load_model(checkpoints[name]), "fp32", prompts).whole()
+    got = Bench(load_compiled(checkpoints[name]), "fp32", prompts).whole()
+    assert (got - want).abs().max() < 1e-4 * want.std()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "int8", "fp8_e4m3"])
+def test_every_pool_holds_what_torch_would_have_written(dtype: str) -> None:
+    """Up to roundings of numbers that differ in their last bit."""
+    prompts = prompts_of(130, 70)
+    torch_bench, bench = Bench(load_model(PICO), dtype, prompts), Bench(load_compiled(PICO), dtype, prompts)
+    want, got = torch_bench.whole(), bench.whole()
+    exact = Bench(load_model(PICO), "fp32", prompts).whole()
+    assert (got - exact).norm() < 1.2 * (want - exact).norm()
+    if dtype in ("bf16", "fp16"):
+        at = torch.from_numpy(bench.tables[0, :8].astype(np.int64))
+        ours, theirs = bench.pool.elements[at, 0].float(), torch_bench.pool.elements[at, 0].float()  # of the first layer
+        assert ((ours != theirs).float().mean()) < 0.001
+
+
+@pytest.mark.parametrize(("dtype", "is_int8"), [("bf16", False), ("fp32", True), ("bf16", True)])
+def test_weights_of_every_format_are_as_good_as_torch_with_them(dtype: str, is_int8: bool) -> None:
+    prompts = prompts_of(90, 40)
+    wide = "bf16" if dtype == "bf16" else "fp32"
+    want = Bench(load_model(PICO, dtype, is_int8=is_int8), wide, prompts).whole()
+    got = Bench(load_compiled(PICO, dtype, is_int8=is_int8), wide, prompts).whole()
+    exact = Bench(load_model(PICO, "fp32", is_int8=is_int8), "fp32", prompts).whole()
+    assert (got - exact).norm() <= 1.1 * (want - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "fp8_e4m3"])
+@settings(max_examples=8, deadline=None)
+@given(threads=st.sampled_from([1, 2, 3]), seed=st.integers(0, 1 << 32))
+def test_no_batch_chunk_or_thread_changes_a_bit(dtype: str, threads: int, seed: int) -> None:
+    draw = random.Random(seed)
+    model = _pico_with(threads)
+    prompts = prompts_of(150, 33, 70)
+    alone = Bench(_pico_with(1), dtype, prompts)
+    want = alone.whole()
+    offsets = np.cumsum([0, *map(len, prompts)])
+    bench = Bench(model, dtype, prompts)
+    done = [0] * len(prompts)
+    while any(d < len(p) for d, p in zip(done, prompts, strict=True)):
+        pieces = []
+        for i, prompt in enumerate(prompts):
+            size = draw.choice([0, 1, 2, 5, 16, 47, 100])
+            if size and done[i] < len(prompt):
+                pieces.append(Piece(i, done[i], min(len(prompt), done[i] + size)))
+                done[i] = pieces[-1].end
+        if pieces:
+            logits = bench.step(pieces)
+            rows = np.concatenate([np.arange(offsets[p.sequence] + p.begin, offsets[p.sequence] + p.end) for p in pieces])
+            assert torch.equal(logits.values, want[rows])
+            assert logits.best.tolist() == want[rows].argmax(-1).tolist()
+    assert all(torch.equal(bench.kv(i), alone.kv(i)) for i in range(len(prompts)))
+
+
+def test_a_long_context_is_shared_by_threads_and_says_the_same() -> None:
+    prompts = prompts_of(600)
+    one, three = Bench(_pico_with(1), "bf16", prompts), Bench(_pico_with(3), "bf16", prompts)
+    for bench in (one, three):
+        bench.step([Piece(0, 0, 599)])
+    assert torch.equal(one.step([Piece(0, 599, 600)]).values, three.step([Piece(0, 599, 600)]).values)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_a_nan_is_seen_by_whom_it_concerns_and_by_nobody_else(dtype: str, pico: CompiledTransformer) -> None:
+    prompts = prompts_of(64, 40)
+    bench = Bench(pico, dtype, prompts)
+    want = bench.step([Piece(0, 0, 64), Piece(1, 0, 40)]).values
+    block = int(bench.tables[0, 3])  # tokens 48 .. 63 of the first sequence
+    if dtype == "fp32":
+        bench.pool.elements[block, 1, :, :, 9] = torch.nan
+    else:
+        assert bench.pool.scales is not None
+        bench.pool.scales[block, 1, :, :, 9] = torch.nan
+    logits = bench.step([Piece(0, 60, 64), Piece(1, 39, 40)])
+    assert logits.best[:4].tolist() == [-1] * 4
+    assert logits.values[:4].isnan().all()
+    assert torch.equal(logits.values[4], want[64 + 39])
+
+
+def test_the_nan_of_a_wrong_draft_does_not_reach_the_rows_before_it(
+    pico: CompiledTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a later token of the same step, whose weight is zero for them: its embedding is not a number."""
+    prompts = [*prompts_of(50)]
+    bench = Bench(pico, "fp32", prompts)
+    want = bench.step([Piece(0, 0, 50)]).values
+    for rows in (2, 30):  # read as they lie, and turned
+        broken = Bench(compiled_with_nan_embedding(prompts[0][-1]), "fp32", prompts)
+        broken.step([Piece(0, 0, 50 - rows)])
+        logits = broken.step([Piece(0, 50 - rows, 50)])
+        assert torch.equal(logits.values[:-1], want[50 - rows : 49])
+        assert logits.best[-1] == -1
+
+
+def compiled_with_nan_embedding(token_id: int) -> CompiledTransformer:
+    """Of an untied twin of pico, so that only what is read is broken."""
+    model = load_model(PICO)
+    weights = model.weights
+    assert isinstance(weights.embed, Tensor)
+    embed = weights.embed.clone()
+    embed[token_id] = torch.nan
+    return CompiledTransformer(
+        model.config, type(weights)(embed, weights.layers, weights.final_norm, weights.lm_head), model.rope, 2
+    )
+
+
+_PICOS: dict[int, CompiledTransformer] = {}
+
+
+def _pico_with(threads: int) -> CompiledTransformer:
+    if threads not in _PICOS:
+        _PICOS[threads] = load_compiled(PICO, num_threads=threads)
+    return _PICOS[threads]
