@@ -1,7 +1,8 @@
-"""What a KV pool's dtype costs in quality: `python -m benchmarks.quality`. About ten minutes on two cores.
+"""What a KV pool's dtype and int8 weights cost in quality: `python -m benchmarks.quality`. About twelve minutes on two cores.
 
 Model: `pico`, prompts of its held-out text. As in a hand-off, prompts are computed with an fp32 pool, packed into the decode
-pool's dtype, and continued there; the opponent goes on in fp32. And, on made-up keys and values of the kind that larger
+pool's dtype, and continued there; the opponent goes on in fp32. With int8 weights the same model also computes the prompts, since
+workers exchange KV only when their weights have one format; its pool is fp32. And, on made-up keys and values of the kind that larger
 models have (outlier channels in keys, outlier tokens in values: KIVI, Liu et al. 2024), int8 as pools keep it beside the
 plain cast to e4m3 with one scale of 1 for everything.
 """
@@ -31,6 +32,7 @@ from splitfire.engine.kernels.rope import CacheTargets
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import StepInput, Transformer
 from splitfire.engine.pool import KvPool
+from splitfire.engine.tensors import weight_bytes
 
 PICO = Path(__file__).resolve().parent.parent / "models" / "pico"
 CPU = torch.device("cpu")
@@ -58,9 +60,9 @@ def held_out_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [[end, *ids[start : start + length]] for start in starts]
 
 
-def load_pico() -> Transformer:
+def load_pico(is_int8: bool = False) -> Transformer:
     model = ModelDir(PICO)
-    weights = load_weights(model, LoadOptions(torch.float32, CPU))
+    weights = load_weights(model, LoadOptions(torch.float32, CPU, is_int8=is_int8))
     config = model.config
     return Transformer(config, weights, rope_table(config.rope, config.head_dim, config.max_positions, CPU))
 
@@ -104,13 +106,19 @@ def go_on(model: Transformer, pool: KvPool, first_logits: Tensor, forced: Tensor
     return Continuation(torch.stack(tokens, 1), torch.stack(scores, 1))
 
 
-def pico_rows() -> list[Row]:
-    model = load_pico()
+def prefill(model: Transformer) -> tuple[KvPool, Tensor]:
+    """Every prompt, in an fp32 pool, and the logits after each."""
     config = model.config
     layout = KvLayout("fp32", config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE)
     prompts = held_out_prompts(Tokenizer.from_file(str(PICO / "tokenizer.json")))
-    exact = KvPool(layout, NUM_PROMPTS * BLOCKS_EACH, CPU)
-    first = torch.cat([forward(model, exact, [i], torch.tensor([ids]), 0) for i, ids in enumerate(prompts)])
+    pool = KvPool(layout, NUM_PROMPTS * BLOCKS_EACH, CPU)
+    return pool, torch.cat([forward(model, pool, [i], torch.tensor([ids]), 0) for i, ids in enumerate(prompts)])
+
+
+def pico_rows() -> list[Row]:
+    model = load_pico()
+    exact, first = prefill(model)
+    layout = exact.layout
     pools = {dtype: KvPool(replace(layout, dtype=dtype), exact.num_blocks, CPU) for dtype in ("bf16", "fp16", "int8", "fp8_e4m3")}
     for pool in pools.values():
         hand_off(exact, pool)
@@ -118,21 +126,39 @@ def pico_rows() -> list[Row]:
     rows = []
     for dtype, pool in pools.items():
         greedy, scored = go_on(model, pool, first), go_on(model, pool, first, best.tokens)
-        same = (greedy.tokens == best.tokens).long().cumprod(1)
-        drift = (scored.logprobs - best.logprobs).abs()[:, 1:]  # the first token is prefill's own
-        until = same.sum(1).double() / NUM_TOKENS
-        rows += [
-            _row(dtype, f"tokens before the first difference, of {NUM_TOKENS}", "share", float(until.mean()), until.tolist()),
-            _row(dtype, "prompts whose tokens are all the same", "share", float(same[:, -1].double().mean()), ()),
-            _row(dtype, "mean |difference in log-probability|", "nats", float(drift.mean()), drift.mean(1).tolist()),
-            _row(dtype, "bytes a token", "B", pool.layout.token_bytes, (), opponent=layout.token_bytes),
-        ]
-    return rows
+        case = f"pico, KV {dtype}"
+        rows += agreement_rows(case, best, greedy, scored, 1)  # the first token is prefill's own
+        rows.append(bytes_row(case, "bytes a token", pool.layout.token_bytes, layout.token_bytes, "fp32"))
+    return rows + int8_weight_rows(best)
 
 
-def _row(dtype: str, metric: str, unit: str, ours: float, values: Sequence[float], opponent: float | None = None) -> Row:
-    ratio = None if opponent is None else opponent / ours
-    return Row(f"pico, KV {dtype}", metric, unit, ours, opponent, "fp32", ratio, "reported", None, half_spread(values))
+def int8_weight_rows(best: Continuation) -> list[Row]:
+    model = load_pico(is_int8=True)
+    pool, first = prefill(model)
+    greedy, scored = go_on(model, pool, first), go_on(model, pool, first, best.tokens)
+    plain, int8 = (weight_bytes(model.config, "bf16", is_int8) for is_int8 in (False, True))
+    case = "pico, weights int8"
+    return [*agreement_rows(case, best, greedy, scored, 0), bytes_row(case, "bytes of weights", int8, plain, "bf16")]
+
+
+def agreement_rows(case: str, best: Continuation, greedy: Continuation, scored: Continuation, since: int) -> list[Row]:
+    """Of what was generated, and of the scores of the best's tokens from the token `since` on."""
+    same = (greedy.tokens == best.tokens).long().cumprod(1)
+    drift = (scored.logprobs - best.logprobs).abs()[:, since:]
+    until = same.sum(1).double() / NUM_TOKENS
+    return [
+        _row(case, f"tokens before the first difference, of {NUM_TOKENS}", "share", float(until.mean()), until.tolist()),
+        _row(case, "prompts whose tokens are all the same", "share", float(same[:, -1].double().mean()), ()),
+        _row(case, "mean |difference in log-probability|", "nats", float(drift.mean()), drift.mean(1).tolist()),
+    ]
+
+
+def bytes_row(case: str, metric: str, ours: float, opponent: float, opponent_name: str) -> Row:
+    return Row(case, metric, "B", ours, opponent, opponent_name, opponent / ours, "reported", None, half_spread(()))
+
+
+def _row(case: str, metric: str, unit: str, ours: float, values: Sequence[float]) -> Row:
+    return Row(case, metric, unit, ours, None, "fp32", None, "reported", None, half_spread(values))
 
 
 # -- made-up keys and values

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from splitfire.core.quant_config import Scheme
-from splitfire.engine.formats.scales import QuantisedRows, Scales, unpack_words
+from splitfire.engine.formats.scales import QuantisedRows, Scales
 from splitfire.engine.formats.stored import FLOATS, Part, StoredMatrix
 
 PER_WORD = 8
@@ -43,5 +44,8 @@ def open_rows(matrix: StoredMatrix, scheme: Scheme, tensors: Mapping[str, Tensor
 
 def _unpack(words: Tensor) -> Tensor:
     """[n, words] int32 -> [words * PER_WORD, n] uint8."""
-    numbers = unpack_words(words, 4).view(words.shape[0], -1, PER_WORD)
-    return numbers[:, :, list(PLACES)].flatten(1).t()
+    turned = words.t().contiguous()
+    numbers = torch.empty(turned.shape[0], PER_WORD, turned.shape[1], dtype=torch.uint8)
+    for column, place in enumerate(PLACES):
+        numbers[:, column] = (turned >> (4 * place)) & 15
+    return numbers.flatten(0, 1)
