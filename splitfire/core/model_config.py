@@ -61,12 +61,6 @@ class ModelConfig:
     bos_token_id: int | None
     quant: QuantConfig | None = None  # how the checkpoint's matrices are stored; None: in bf16, fp16 or fp32
 
-    @property
-    def num_parameters(self) -> int:
-        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
-        layer = heads + 3 * self.hidden_size * self.intermediate_size
-        return self.num_layers * layer + (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:

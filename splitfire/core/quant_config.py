@@ -116,8 +116,8 @@ def _compressed_tensors(read: JsonFields) -> tuple[Scheme, ...]:
             "transform_config", "transforms of weights and activations are not supported by this version, accepted: null"
         )
     groups = read.inside("config_groups")
-    if groups is None or len(groups.values) > limits.MAX_LAYERS:
-        raise read.fail("config_groups", f"accepted: an object of at most {limits.MAX_LAYERS} groups")
+    if groups is None or len(groups.values) > limits.MAX_QUANT_GROUPS:
+        raise read.fail("config_groups", f"accepted: an object of at most {limits.MAX_QUANT_GROUPS} groups")
     schemes = []
     for name in groups.values:
         group = groups.inside(name)

@@ -14,7 +14,7 @@ from splitfire.core.model_config import ModelConfig
 from splitfire.core.model_dir import TensorEntry
 from splitfire.core.quant_config import QuantConfig, Scheme
 from splitfire.engine.formats.families import FAMILIES
-from splitfire.engine.formats.stored import FLOATS, Part, StoredMatrix, plain_part, require_groups, require_part
+from splitfire.engine.formats.stored import FLOATS, Part, StoredMatrix, meaning_on, plain_part, require_groups, require_part
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm.weight"
 OF_LINEAR_LAYERS = ("awq", "gptq")  # transposed: an embedding has no such form
@@ -113,14 +113,17 @@ def _stored(config: ModelConfig, name: str, shape: tuple[int, int], entries: Map
         schemes = [scheme for scheme in schemes if scheme.layout not in OF_LINEAR_LAYERS]
     if not schemes or (weight is not None and weight.dtype in FLOATS):
         return _fitting(name, shape, None, plain_part(*shape), entries)
-    problem = None
+    found, problems = [], []
     for scheme in schemes:
         try:
-            return _fitting(name, shape, scheme, FAMILIES[scheme.layout].parts(scheme, *shape), entries)
+            found.append(_fitting(name, shape, scheme, FAMILIES[scheme.layout].parts(scheme, *shape), entries))
         except ModelError as exc:
-            problem = problem or exc
-    assert problem is not None
-    raise problem
+            problems.append(exc)
+    if not found:
+        raise problems[0]
+    if len({meaning_on(matrix.scheme, *shape) for matrix in found if matrix.scheme is not None}) > 1:
+        raise ModelError(f"tensor {name}: fits groups of the quantization_config that mean different numbers")
+    return found[0]
 
 
 def _fitting(

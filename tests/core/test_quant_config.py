@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitfire.core import limits
 from splitfire.core.errors import ModelError
 from splitfire.core.json_fields import JsonFields
 from splitfire.core.quant_config import Grid, QuantConfig, Scheme, parse_quant_config
@@ -127,7 +128,7 @@ def test_a_checkpoint_that_quantises_kv_or_activations_only_has_plain_weights() 
         ({**COMPRESSED, "format": "marlin-24"}, "format: is 'marlin-24'"),
         ({**COMPRESSED, "config_groups": None}, "config_groups: accepted: an object"),
         ({**COMPRESSED, "config_groups": {"W4A16": ["Linear"]}}, "config_groups.W4A16: is ['Linear'], accepted: an object or null"),
-        ({**COMPRESSED, "config_groups": {str(i): GROUP for i in range(2000)}}, "config_groups: accepted: an object of at most 1024"),
+        ({**COMPRESSED, "config_groups": {str(i): GROUP for i in range(65)}}, "config_groups: accepted: an object of at most 64"),
         ({**COMPRESSED, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format: is 'sparse-24-bitmask', accepted"),
         ({**COMPRESSED, "transform_config": {"config_groups": {"v": {}}}}, "transform_config: transforms"),
         ({**COMPRESSED, "config_groups": {"a": {**GROUP, "format": "mxfp4-pack-quantized"}}}, "config_groups.a.format: is 'mxfp4"),
@@ -147,6 +148,10 @@ def test_a_checkpoint_that_quantises_kv_or_activations_only_has_plain_weights() 
 )  # fmt: skip
 def test_what_cannot_be_computed_is_named(config: object, says: str) -> None:
     assert says in refusal(config)
+
+
+def test_as_many_groups_as_are_allowed() -> None:
+    assert only({**COMPRESSED, "config_groups": {str(i): GROUP for i in range(limits.MAX_QUANT_GROUPS)}}) == only(COMPRESSED)
 
 
 def test_a_regular_expression_of_a_file_is_never_run() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from splitfire.core.errors import ModelError
 from splitfire.core.model_dir import ModelDir
@@ -42,9 +43,10 @@ Change = Callable[[dict[str, Tensor]], object]
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint of each format."""
-    config, paths = family_configs()["llama"], {}
+    config = family_configs()["llama"]
     config.num_hidden_layers = 2
     plain = tmp_path_factory.mktemp("plain")
+    paths = {"plain": plain}
     model = save_checkpoint(config, plain)
     for name, (encode, quantization) in FORMATS.items():
         paths[name] = plain.parent / name
@@ -156,6 +158,19 @@ def test_a_group_size_that_does_not_divide_a_matrix_is_named(good: dict[str, Pat
     path = Path(shutil.copytree(good["gptq"], tmp_path / "gptq"))
     edit_config(path, quantization_config=gptq_config(4, 40))  # as many groups as with 32
     assert "q_proj: the quantization_config's group size 40 does not divide its 64 columns" in refusal(path)
+
+
+def test_a_matrix_that_could_mean_two_things_is_refused(good: dict[str, Path], tmp_path: Path) -> None:
+    """Blocks of 48 x 40 and of 40 x 48 have scales of the same shape."""
+    path = Path(shutil.copytree(good["fp8"], tmp_path / "fp8"))
+    (one, config), (_, other) = (
+        compressed("float-quantized", type="float", num_bits=8, strategy="block", block_structure=sides)
+        for sides in ([48, 40], [40, 48])
+    )
+    shutil.copytree(good["plain"], path, dirs_exist_ok=True)
+    config["config_groups"]["group_1"] = other["config_groups"]["group_0"]
+    quantise_checkpoint(path, AutoModelForCausalLM.from_pretrained(path), one, config)
+    assert "q_proj: fits groups of the quantization_config that mean different numbers" in refusal(path)
 
 
 def test_quantised_tensors_without_a_config_are_no_plain_ones(good: dict[str, Path], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One matrix of a checkpoint as its headers describe it: which tensors it has, and whether they fit a scheme.
 
 A matrix is plain when the file holds its `weight` in a float dtype; otherwise it must fit a scheme of the quantization_config, tensor by
-tensor. Two schemes that a matrix fits mean the same numbers: bits, groups and zero points all show in shapes.
+tensor. Bits, groups and zero points show in the tensors, so schemes that a matrix fits nearly always mean the same numbers.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ def require_part(name: str, part: Part, entry: TensorEntry | None, asked_by: str
     if entry.shape not in part.shapes:
         asked = " or ".join(str(list(shape)) for shape in part.shapes)
         raise ModelError(f"{entry.file.name}: tensor {name} has shape {list(entry.shape)}, {asked_by} asks for {asked}")
+
+
+def meaning_on(scheme: Scheme, rows: int, columns: int) -> tuple[str, int, Grid]:
+    """Equal for schemes by which the same tensors of a matrix [rows, columns] stand for the same numbers."""
+    grid = Grid(min(scheme.grid.rows or rows, rows), min(scheme.grid.columns or columns, columns))
+    return scheme.layout, scheme.bits if scheme.layout == "packed" else 0, grid
 
 
 def require_groups(name: str, scheme: Scheme, columns: int) -> None:
