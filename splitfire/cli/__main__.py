@@ -49,6 +49,10 @@ def up(
     port: Annotated[int, typer.Option(envvar="SPLITFIRE_PORT", min=0, max=65535, help="for clients; 0 draws one")] = 7070,
     device: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DEVICE", help="cpu or cuda")] = None,
     dtype: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DTYPE", help="auto, bf16, fp16 or fp32")] = None,
+    weights: Annotated[str | None, typer.Option(envvar="SPLITFIRE_WEIGHTS", help="auto or int8")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(envvar="SPLITFIRE_KV_DTYPE", help="auto, bf16, fp16, fp32, int8 or fp8_e4m3")
+    ] = None,
     split: Annotated[str | None, typer.Option(envvar="SPLITFIRE_SPLIT", help="always, auto or never")] = None,
     prefill_cpus: Annotated[str, typer.Option(envvar="SPLITFIRE_PREFILL_CPUS", help="processors, such as 0 or 0-3")] = "",
     decode_cpus: Annotated[str, typer.Option(envvar="SPLITFIRE_DECODE_CPUS", help="processors, such as 1 or 4-7")] = "",
@@ -63,6 +67,8 @@ def up(
     flags = {
         "--device": device,
         "--dtype": dtype,
+        "--weights": weights,
+        "--kv-dtype": kv_dtype,
         "--kv-memory": kv_memory,
         "--block-size": block_size,
         "--chunk-tokens": chunk_tokens,
