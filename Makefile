@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-opponents pico clean
+.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-scheduler bench-opponents pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -33,7 +33,7 @@ docs:            ## the pages that are printed from code
 	.venv/bin/python -m kvtransfer.protocol > docs/protocol.md
 	.venv/bin/python -m splitfire.core.settings > docs/settings.md
 
-bench: bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer   ## all benchmarks, into benchmarks/results/
+bench: bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-scheduler   ## all benchmarks, into benchmarks/results/
 
 bench-quality:
 	.venv/bin/python -m benchmarks.quality
@@ -43,6 +43,9 @@ bench-handoff bench-batching bench-idle bench-gap: bench-%:  ## one of those tha
 
 bench-transfer:  ## the hand-off between two processes; against NIXL where bench-opponents was made
 	.venv/bin/python -m benchmarks.transfer
+
+bench-scheduler: ## what a step costs beside the model
+	.venv/bin/python -m benchmarks.scheduler
 
 bench-opponents: ## what the benchmarks compare with, in environments of their own under build/
 	benchmarks/setup_opponents

@@ -35,11 +35,18 @@ class Bench:
 
     def step(self) -> list[Slice]:
         slices = self.scheduler.schedule().pieces()
+        self.update(slices)
+        return slices
+
+    def update(self, slices: Seq[Slice]) -> None:
+        """What an engine does after the model."""
         for piece in slices:
             sequence = piece.sequence
             is_sampled = piece.samples
             if is_sampled:
-                sequence.tokens.append(1)
+                wrong = [i for i, token in enumerate(piece.drafts) if token != 1]
+                num_accepted = wrong[0] if wrong else len(piece.drafts)
+                sequence.tokens.extend([1] * (1 + num_accepted))
             self.scheduler.computed(piece)
             if is_sampled and sequence.num_left == 0:
                 self.scheduler.finish(sequence)
@@ -49,7 +56,6 @@ class Bench:
                 self.scheduler.decode(sequence)
         self.pool.check()
         self.scheduler.lanes.check()
-        return slices
 
     def run(self, sequences: Seq[Sequence], max_steps: int = 5000) -> int:
         for count in range(max_steps):

@@ -201,6 +201,18 @@ def test_drafts_preempt_nobody(pico: Transformer) -> None:
     assert counts[0] == counts[1]
 
 
+def test_blocks_taken_for_wrong_drafts_go_back_at_once(pico: Transformer) -> None:
+    spec = make_spec(prompt(60), 300)
+    engine = make_engine(pico, speculator=Oracle({spec.seq_id: [0] * 300}, lambda following: [VOCAB - 1] * 200))
+    engine.add(spec)
+    for _ in range(10):
+        result = engine.step()
+    assert result.num_rows == 201
+    assert engine.load().total_blocks - engine.load().available_blocks == 3  # 60 and 10 tokens
+    engine.finish(spec.seq_id)
+    assert_no_leaks(engine)
+
+
 def test_stop_tokens_among_drafts_end_the_sequence_there(pico: Transformer) -> None:
     free = make_spec(prompt(20), 24)
     tokens = tokens_of(run(make_engine(pico), [free]), free)
