@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results"
+QUICK_RESULTS = RESULTS.parents[1] / "build" / "results"  # of runs that only show whether something runs
 PACKAGES = ("torch", "ucxx-cu12", "grpcio", "tokenizers", "uvloop")
 
 
@@ -60,8 +61,14 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def write(name: str, rows: Sequence[Row], command: str | None = None, versions: Mapping[str, str] | None = None) -> Path:
-    """Writes `results/<name>.json` and prints the same as a table. `versions`: of opponents, beside our own."""
+def write(
+    name: str,
+    rows: Sequence[Row],
+    command: str | None = None,
+    versions: Mapping[str, str] | None = None,
+    directory: Path = RESULTS,
+) -> Path:
+    """Writes `<name>.json` into `directory` and prints the same as a table. `versions`: of opponents, beside our own."""
     report = {
         "benchmark": name,
         "machine": machine(),
@@ -71,7 +78,8 @@ def write(name: str, rows: Sequence[Row], command: str | None = None, versions: 
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}, **(versions or {})},
         "rows": [asdict(row) for row in rows],
     }
-    path = RESULTS / f"{name}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(title=f"{name}: {report['machine']}, {report['commit']}", box=None, header_style="bold")
     for title in ("case", "metric", "ours", "opponent", "ratio", "target", "met"):

@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 def server(name: str, checkpoint: Path, cpus: Sequence[int], flags: Sequence[str] = ()) -> ServerPlan:
     port = free_port()
     arguments = (
-        str(PYTHON), str(Path(__file__).with_name("openvino_server.py")), str(exported(checkpoint)), f"--port={port}",
+        str(PYTHON), "-P", str(Path(__file__).with_name("openvino_server.py")), str(exported(checkpoint)), f"--port={port}",
         f"--threads={len(cpus)}", f"--cache-gib={KV_GIB}", *flags,
     )  # fmt: skip
     return ServerPlan(name, (Command(arguments, {}, tuple(cpus)),), (port,), "")

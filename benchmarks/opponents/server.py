@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import re
 import signal
 import subprocess
 import time
@@ -57,7 +58,8 @@ class Server:
     def __init__(self, plan: ServerPlan) -> None:
         self.plan = plan
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._logs = [LOGS / f"{plan.name.replace(' ', '-')}-{i}.log" for i in range(len(plan.commands))]
+        label = re.sub(r"[^A-Za-z0-9]+", "-", plan.name)
+        self._logs = [LOGS / f"{label}-{i}.log" for i in range(len(plan.commands))]
 
     def __enter__(self) -> Server:
         LOGS.mkdir(parents=True, exist_ok=True)

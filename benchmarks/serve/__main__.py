@@ -18,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-from benchmarks.report import Row, write
+from benchmarks.report import QUICK_RESULTS, RESULTS, Row, write
 from benchmarks.serve.batching import batching
 from benchmarks.serve.both_cores import both_cores
 from benchmarks.serve.contestants import Lineup
@@ -52,6 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seconds", type=float, default=20.0, help="of an idle fleet")
     add("--flag", action="append", default=[], help="for every worker of ours, such as --flag=--dtype=fp32")
     add("--also", action="append", default=[], help="one more of ours with these flags: --also='--weights=int8' (both-cores)")
+    add("--against", type=lambda s: s.split(","), default=["vllm", "openvino"], help="whom; empty: ours alone")
     add("--vllm-dtypes", type=lambda s: s.split(","), default=_vllm_dtypes(), help="of both-cores; each is a server of its own")
     add("--vllm-dtype", default=_vllm_dtypes()[0], help="elsewhere")
     add("--vllm-chunks", type=_numbers, default=[512], help="--max-num-batched-tokens beside its default (interference)")
@@ -76,14 +77,16 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended too
     name = f"serve-{args.what}-{args.model.rstrip('/').split('/')[-1]}"
+    command = " ".join(["python -m benchmarks.serve", *argv])
+    directory = QUICK_RESULTS if args.quick else RESULTS
     if args.what in OURS_ALONE:
-        write(name, OURS_ALONE[args.what](args))
+        write(name, OURS_ALONE[args.what](args), command, directory=directory)
         return 0
     rows: list[Row]
-    with Lineup(args.model) as lineup:
+    with Lineup(args.model, args.against) as lineup:
         rows = AGAINST_OTHERS[args.what](args, lineup)
         rows += lineup.skipped
-    write(name, rows, versions=lineup.versions)
+    write(name, rows, command, lineup.versions, directory)
     return 0
 
 

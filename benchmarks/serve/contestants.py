@@ -50,8 +50,9 @@ class Contestant:
 class Lineup:
     """The contestants of one comparison. Use as a context manager: it ends what it started."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, against: Sequence[str]) -> None:
         self.model = model
+        self._against = against
         self.contestants: list[Contestant] = []
         self.skipped: list[Row] = []
         self.versions: dict[str, str] = {}
@@ -63,6 +64,10 @@ class Lineup:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         pin_this_process(tuple(range(os.cpu_count() or 1)))
+
+    def wants(self, opponent: str) -> bool:
+        """Whether somebody asked for a comparison with it (--against)."""
+        return opponent in self._against
 
     def ours(self, name: str, cores: Cores, flags: Sequence[str], client_cpus: Sequence[int], family: str = OURS) -> None:
         pin_this_process(client_cpus)

@@ -22,15 +22,21 @@ def add_ours(lineup: Lineup, args: argparse.Namespace, cores: Cores, client_cpus
 
 
 def add_vllm(lineup: Lineup, cpus: Sequence[int], dtype: str, flags: Sequence[str] = (), label: str = "") -> None:
+    if not lineup.wants("vllm"):
+        return
     name = f"vLLM {dtype}{label}, cores {','.join(map(str, cpus))}"
     lineup.theirs(VLLM, vllm.why_not(), lambda path: vllm.aggregated(name, path, cpus, dtype, flags), vllm.versions, cpus)
 
 
 def add_vllm_split(lineup: Lineup, prefill: Sequence[int], decode: Sequence[int], dtype: str) -> None:
+    if not lineup.wants("vllm"):
+        return
     name = f"vLLM split {dtype}, cores {','.join(map(str, prefill))} + {','.join(map(str, decode))}"
     lineup.theirs(VLLM_SPLIT, vllm.why_not(), lambda path: vllm.split(name, path, prefill, decode, dtype), vllm.versions, prefill)
 
 
 def add_openvino(lineup: Lineup, cpus: Sequence[int], flags: Sequence[str] = (), label: str = "") -> None:
+    if not lineup.wants("openvino"):
+        return
     name = f"OpenVINO GenAI f16{label}, cores {','.join(map(str, cpus))}"
     lineup.theirs(OPENVINO, openvino.why_not(), lambda path: openvino.server(name, path, cpus, flags), openvino.versions, cpus)
