@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-scheduler bench-opponents pico clean
+.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-scheduler bench-engine bench-opponents checkpoint pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -33,7 +33,7 @@ docs:            ## the pages that are printed from code
 	.venv/bin/python -m kvtransfer.protocol > docs/protocol.md
 	.venv/bin/python -m splitfire.core.settings > docs/settings.md
 
-bench: bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-scheduler   ## all benchmarks, into benchmarks/results/
+bench: bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-scheduler bench-engine   ## all benchmarks, into benchmarks/results/
 
 bench-quality:
 	.venv/bin/python -m benchmarks.quality
@@ -46,6 +46,20 @@ bench-transfer:  ## the hand-off between two processes; against NIXL where bench
 
 bench-scheduler: ## what a step costs beside the model
 	.venv/bin/python -m benchmarks.scheduler
+
+# Every bound of the engine, about an hour and a half; QUICK=--quick only shows that it all runs (ten minutes, nothing is kept).
+bench-engine: checkpoint  ## the engine beside its floors, and beside vLLM and OpenVINO GenAI; installs them (5 GB)
+	benchmarks/setup_opponents vllm openvino
+	.venv/bin/python -m benchmarks.engine $(QUICK)
+	.venv/bin/python -m benchmarks.scheduler
+	.venv/bin/python -m benchmarks.serve both-cores $(QUICK)
+	.venv/bin/python -m benchmarks.serve one-core-each $(QUICK)
+	.venv/bin/python -m benchmarks.serve interference $(QUICK)
+	.venv/bin/python -m benchmarks.serve prefix $(QUICK)
+	$(if $(wildcard benchmarks/speculation*),.venv/bin/python -m benchmarks.speculation $(QUICK))
+
+checkpoint:      ## random weights in the shape of SmolLM2-135M, under build/
+	.venv/bin/python -m benchmarks.make_checkpoint smol135
 
 bench-opponents: ## what the benchmarks compare with, in environments of their own under build/
 	benchmarks/setup_opponents
