@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from benchmarks.engine.machine import Machine
 from splitfire.core.layout import DTYPE_BYTES, KvLayout
 from splitfire.core.model_config import ModelConfig
+from splitfire.engine.tensors import expected_matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ def prefill(config: ModelConfig, layout: KvLayout, num_weight_bytes: int, num_to
 
 
 def _num_weights(config: ModelConfig) -> int:
-    return config.num_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    num_elements = sum(rows * columns for rows, columns in expected_matrices(config).values())
+    return num_elements - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
 
 
 def _attention_ops(config: ModelConfig, pairs: int) -> int:

@@ -84,10 +84,10 @@ class LoadedEngine:
 
     def _join(self, num_tokens: int, seed: int) -> SequenceSpec:
         spec = self._spec(num_tokens, SPARE_TOKENS, seed)
-        reservation = self.engine.reserve(spec)
+        reservation = self.engine.lending.reserve(spec)
         assert reservation is not None, f"{self.variant.name}: no room for {num_tokens} tokens"
         first = reservation.num_pinned
-        self.engine.commit(reservation, first, len(spec.block_hashes) - first, spec.block_hashes[first:])
+        self.engine.lending.commit(reservation, first, len(spec.block_hashes) - first, spec.block_hashes[first:])
         self.engine.join(reservation, seed + 1)
         return spec
 
