@@ -6,13 +6,13 @@ size, and all of it resident, from the start. Block 0 .. num_blocks-1 are `block
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from splitfire.core.layout import KvLayout
+from splitfire.engine import memory
 
 TORCH_DTYPES = {
     "bf16": torch.bfloat16,
@@ -40,12 +40,9 @@ class KvPool:
         self.device = device
         # Zeros, not empty: positions past the valid tokens are read (and masked), and NaN * 0 would not be 0.
         if device.type == "cpu":
-            memory = mmap.mmap(-1, num_blocks * layout.block_bytes)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            self.raw = torch.frombuffer(memory, dtype=torch.uint8).view(num_blocks, -1)
-            # Written now, or the first hand-offs pay for the page faults: 10 ms of a 1024-token prompt, seen in
-            # benchmarks/serve.py handoff. And a machine without the memory says so at the start, not in the middle.
-            self.raw.zero_()
+            # Resident now, or the first hand-offs pay for the page faults: 10 ms of a 1024-token prompt, seen in
+            # `python -m benchmarks.serve handoff`.
+            self.raw = memory.zeros(num_blocks * layout.block_bytes).view(num_blocks, -1)
         else:
             self.raw = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
         self.elements = elements_of(self.raw, layout)

@@ -5,6 +5,8 @@ Activations are fp32 whatever the weights are. A row's results are the same bits
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,18 +16,20 @@ from splitfire.engine.batch import StepBatch
 from splitfire.engine.kernels.linear import Int8Matrix, Matrix
 from splitfire.engine.kernels.native import step as native
 from splitfire.engine.logits import Logits
+from splitfire.engine.memory import Arena, line_bytes
 from splitfire.engine.models.rope import RopeTable
 from splitfire.engine.models.transformer import LayerWeights, Weights
 from splitfire.engine.pool import KvPool
 
 
 class CompiledTransformer:
-    """Takes the weights over: they are packed where they lie, and mean nothing to others afterwards."""
+    """Takes the weights over: each matrix is given back when it is packed, so that beside them there is never more than one."""
 
     def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable, num_threads: int) -> None:
         assert fits(config)
         self.config = config
         self._kept: list[Tensor] = []  # what the structures point to
+        self._arena = Arena(sum(_packed_bytes(m, 1 + is_pair) for m, is_pair in _matrices(weights)))
         self._engine = native.StepEngine(num_threads)
         self._layers = (native.Layer * config.num_layers)(
             *(self._layer(layer, window) for layer, window in zip(weights.layers, config.windows, strict=True))
@@ -65,17 +69,15 @@ class CompiledTransformer:
     def _matrix(self, matrix: Matrix, bias: Tensor | None = None, num_parts: int = 1) -> native.Matrix:
         """Of several parts, one below the other and equally high, panels come in turn."""
         elements, scales = (matrix.elements, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix, None)
-        columns, inputs = elements.shape
-        if num_parts > 1:
-            columns = num_parts * native.PANEL * -(-columns // (num_parts * native.PANEL))
-            scales = None if scales is None else native.interleave_panels(scales[:, None], num_parts)[:, 0]
-        panels = native.pack_panels(native.interleave_panels(elements, num_parts))
-        if panels.numel() == elements.numel() and elements.is_contiguous():
-            panels = elements.view(-1).copy_(panels)
-        return native.Matrix(
-            self._keep(panels), None if scales is None else self._floats(scales), None if bias is None else self._floats(bias),
-            columns, inputs, native.WEIGHTS.index(elements.dtype),
+        whole = native.interleave_panels(elements, num_parts)
+        if num_parts > 1 and scales is not None:
+            scales = native.interleave_panels(scales[:, None], num_parts)[:, 0]
+        twin = native.Matrix(
+            self._keep(self._arena.take(native.pack_panels(whole))), None if scales is None else self._floats(scales),
+            None if bias is None else self._floats(bias), *whole.shape, native.WEIGHTS.index(whole.dtype),
         )  # fmt: skip
+        elements.untyped_storage().resize_(0)
+        return twin
 
     def _rows(self, matrix: Matrix) -> tuple[int, int | None]:
         if isinstance(matrix, Int8Matrix):
@@ -88,6 +90,20 @@ class CompiledTransformer:
     def _keep(self, x: Tensor) -> int:
         self._kept.append(x)
         return x.data_ptr()
+
+
+def _matrices(weights: Weights) -> Iterator[tuple[Matrix, bool]]:
+    """Those that are packed, and whether of two parts."""
+    for layer in weights.layers:
+        yield from ((layer.qkv, False), (layer.out, False), (layer.gate_up, True), (layer.down, False))
+    yield weights.lm_head, False
+
+
+def _packed_bytes(matrix: Matrix, num_parts: int) -> int:
+    elements = matrix.elements if isinstance(matrix, Int8Matrix) else matrix
+    columns, inputs = elements.shape
+    panels = num_parts * -(-columns // (num_parts * native.PANEL))
+    return line_bytes(panels * native.PANEL * inputs * elements.element_size())
 
 
 def fits(config: ModelConfig) -> bool:
