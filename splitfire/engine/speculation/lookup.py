@@ -1,0 +1,85 @@
+"""Prompt lookup: what followed the last time the sequence, prompt and output, ended as it does now. Pure.
+
+While the text goes on as it did then, the place is followed token by token; the index is searched only after a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from splitfire.engine.speculation.acceptance import Acceptance
+from splitfire.engine.speculation.suffix import SuffixIndex
+
+MAX_WIDTH = 128
+ONE_BY_ONE = 256  # tokens; more at once go past the shares
+
+
+class Lookup:
+    """Follows one sequence's own text. `evidence` is the length of the match, while `max_width` is not 0."""
+
+    source = "lookup"
+
+    def __init__(self, acceptance: Acceptance) -> None:
+        self.acceptance = acceptance
+        self.num_seen = 0  # tokens of the sequence
+        self.evidence = 0
+        self._index = SuffixIndex()
+        self._at = 0  # of the token that is expected next; 0: nothing is
+
+    @property
+    def max_width(self) -> int:
+        """Tokens it could propose now."""
+        return MAX_WIDTH if self._at else 0
+
+    def follow(self, tokens: Sequence[int], count: int) -> None:
+        """Takes in the next `count` of the sequence's tokens, prompt included."""
+        begin, self.num_seen = self.num_seen, self.num_seen + count
+        if count == 1 and not self._at:
+            if self._index.append(tokens[begin]):
+                self._search()
+        elif count <= ONE_BY_ONE:
+            self._advance(tokens[begin : begin + count])
+        else:  # a prompt, or what came while nobody asked: nothing to learn from
+            self._index.extend(tokens[begin : begin + count])
+            self._search()
+
+    def draft(self, width: int) -> tuple[int, ...]:
+        """The tokens that followed then; past the end of the text, where it would repeat itself, the repetition."""
+        tokens, at = self._index.token_ids, self._at
+        piece = tokens[at : at + width]
+        period = len(tokens) - at
+        while len(piece) < width:
+            piece += piece[-period:][: width - len(piece)]
+        return tuple(piece)
+
+    def verified(self, num_drafted: int, num_accepted: int) -> None:
+        """Nothing to learn: `advance` has seen the tokens."""
+
+    def _advance(self, token_ids: Sequence[int]) -> None:
+        index = self._index
+        tokens = index.token_ids
+        hits = 0
+        for token_id in token_ids:
+            at = self._at
+            if at:
+                if tokens[at] == token_id:
+                    self._at = at + 1
+                    hits += 1
+                    index.append(token_id)
+                    continue
+                self._followed(hits)
+                hits = 0
+                self.acceptance.missed(self.evidence)
+                self._at = 0
+            if index.append(token_id):
+                self._search()
+        self._followed(hits)
+
+    def _followed(self, hits: int) -> None:
+        if hits:
+            self.acceptance.came_true(self.evidence, hits)
+            self.evidence += hits
+
+    def _search(self) -> None:
+        match = self._index.find(self._index.token_ids, self._index.state)
+        self._at, self.evidence = (match.at, match.length) if match is not None else (0, 0)
