@@ -40,6 +40,7 @@ class SequenceSpec:
     hash_root: BlockHash
     block_hashes: tuple[BlockHash, ...] = ()  # of the leading full blocks; the rest is hashed as it fills
     priority: int = 0  # higher goes first
+    predicted: tuple[int, ...] = ()  # what the output will resemble, if the client knows
 
     @property
     def num_tokens(self) -> int:

@@ -159,7 +159,7 @@ class _Speed:
     @property
     def value(self) -> float:
         """1 until there are NUM_UNSURE steps."""
-        return self._brought / self._took if self.count >= NUM_UNSURE else 1.0
+        return self._brought / max(self._took, 1e-6) if self.count >= NUM_UNSURE else 1.0
 
     def observe(self, brought: float, took: float) -> None:
         self.count += 1

@@ -1,0 +1,148 @@
+"""A small model that drafts: it runs beside the target, over KV of its own, and draws with the same noise. Engine thread only.
+
+Each sequence it follows has a mirror here: a sequence of the same tokens and sampling, and blocks of the draft pool. Before
+each use the mirror is brought in step: drafts that were right stay and keep their KV, what was not is cut off and written over.
+Preemption and resume need nothing else, and after a hand-off the prompt's KV is computed here, in chunks, beside the target's
+steps. A sequence that the pool has no room for is not followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+from splitfire.core.lifecycle import SeqEvent
+from splitfire.engine.blocks import BlockPool
+from splitfire.engine.runner import Runner
+from splitfire.engine.scheduler import Slice
+from splitfire.engine.sequence import Purpose, SeqId, Sequence
+
+MAX_BEHIND = 16  # tokens without KV that a first drafting step computes along
+
+
+class DraftModel:
+    """Owns the mirrors and the draft pool. Invariant: a mirror's first `num_sure` tokens are the target's."""
+
+    def __init__(self, runner: Runner, blocks: BlockPool, max_context: int) -> None:
+        self.blocks = blocks
+        self._runner = runner
+        self._max_context = max_context
+        self._mirrors: dict[SeqId, _Mirror] = {}
+        self._num_ended = 0  # mirrors: after each there may be room for one that had none
+
+    @property
+    def num_mirrors(self) -> int:
+        return len(self._mirrors)
+
+    def num_missing(self, target: Sequence) -> int:
+        """Tokens to compute before drafts can be made; 0: now."""
+        mirror = self._mirrors.get(target.spec.seq_id)
+        missing = target.num_tokens if mirror is None else mirror.follow(target)
+        return missing if missing > MAX_BEHIND else 0
+
+    def catch_up(self, targets: Seq[Sequence], num_tokens: int) -> None:
+        """Computes at most `num_tokens` of what is missing, in the order of `targets`."""
+        slices: list[Slice] = []
+        for target in targets:
+            mirror = self._mirror(target)
+            size = min(mirror.follow(target) - 1, num_tokens)
+            if size > 0 and self._grow(mirror, mirror.sequence.num_computed + size):
+                sequence = mirror.sequence
+                slices.append(Slice(sequence, sequence.num_computed, sequence.num_computed + size))
+                num_tokens -= size
+        if slices:
+            self._runner.run(slices)
+            for piece in slices:
+                piece.sequence.num_computed = piece.end
+
+    def draft(self, targets: Seq[Sequence], widths: Mapping[SeqId, int]) -> dict[SeqId, tuple[int, ...]]:
+        """As many tokens as `widths` says, or fewer, for targets that miss none: one step of the model a token."""
+        drafting = [self._mirror(target) for target in targets]
+        for mirror, target in zip(drafting, targets, strict=True):
+            mirror.follow(target)
+        depth = 0
+        while drafting := [m for m in drafting if depth < widths[m.seq_id] and self._can_go_on(m)]:
+            depth += 1
+            slices = [Slice(m.sequence, m.sequence.num_computed, m.sequence.num_tokens, decodes=True) for m in drafting]
+            drawn = self._runner.run(slices)
+            for i, (mirror, piece) in enumerate(zip(drafting, slices, strict=True)):
+                mirror.take(piece, drawn[i].tokens[0].token_id if drawn[i].tokens else None)
+        return {t.spec.seq_id: drafted for t in targets if (drafted := self._mirrors[t.spec.seq_id].drafted)}
+
+    def forget(self, seq_id: SeqId) -> None:
+        mirror = self._mirrors.pop(seq_id, None)
+        if mirror is not None:
+            self._release(mirror)
+            self._num_ended += 1
+
+    def _can_go_on(self, mirror: _Mirror) -> bool:
+        """There is room for another token, and the last one did not end the answer."""
+        sequence = mirror.sequence
+        if mirror.has_failed or (mirror.drafted and sequence.tokens[-1] in sequence.spec.stopping.stop_token_ids):
+            return False
+        return self._grow(mirror, sequence.num_tokens)
+
+    def _mirror(self, target: Sequence) -> _Mirror:
+        mirror = self._mirrors.get(target.spec.seq_id)
+        if mirror is None:
+            mirror = self._mirrors[target.spec.seq_id] = _Mirror(target)
+        return mirror
+
+    def _grow(self, mirror: _Mirror, num_tokens: int) -> bool:
+        """Blocks for KV of so many tokens. Without them it holds none, until another mirror has ended."""
+        if num_tokens > self._max_context or mirror.gave_up_at == self._num_ended:
+            return False
+        blocks = self.blocks.allocate(mirror.sequence.blocks_needed(num_tokens))
+        if blocks is None:
+            self._release(mirror)
+            mirror.gave_up_at = self._num_ended
+            return False
+        mirror.sequence.block_ids.extend(blocks)
+        return True
+
+    def _release(self, mirror: _Mirror) -> None:
+        self.blocks.release(mirror.sequence.block_ids)
+        mirror.sequence.block_ids = []
+        mirror.sequence.num_computed = 0
+
+
+class _Mirror:
+    """One target's tokens here, drafts at their end."""
+
+    def __init__(self, target: Sequence) -> None:
+        spec = target.spec
+        quiet = replace(spec.sampling, logprobs=None)
+        self.sequence = Sequence(replace(spec, sampling=quiet, purpose=Purpose.GENERATE, block_hashes=()), 0, target.block_size)
+        self.sequence.advance(SeqEvent.ADMIT)
+        self.num_sure = self.sequence.num_tokens
+        self.has_failed = False  # its logits were not finite: whatever it drafts would be as bad
+        self.gave_up_at: int | None = None
+
+    @property
+    def seq_id(self) -> SeqId:
+        return self.sequence.spec.seq_id
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        return tuple(self.sequence.tokens[self.num_sure :])
+
+    def follow(self, target: Sequence) -> int:
+        """Brings the tokens in step; how many of them have no KV."""
+        mine, theirs = self.sequence.tokens, target.tokens
+        at = self.num_sure
+        end = min(len(mine), len(theirs))
+        while at < end and mine[at] == theirs[at]:
+            at += 1
+        if at < len(mine) or at < len(theirs):
+            mine[at:] = theirs[at:]
+            self.sequence.num_computed = min(self.sequence.num_computed, at)
+        self.num_sure = len(theirs)
+        return self.sequence.num_missing
+
+    def take(self, piece: Slice, token_id: int | None) -> None:
+        self.sequence.num_computed = piece.end
+        if token_id is None:
+            self.has_failed = True
+        else:
+            self.sequence.tokens.append(token_id)
