@@ -28,6 +28,7 @@ class RequestPlan:
     traceparent: str
     accepted_at: float
     deadline: float  # both on this process's monotonic clock
+    predicted: tuple[int, ...] = ()  # what the answer will resemble, if the client said
 
 
 @dataclass(slots=True)

@@ -126,7 +126,7 @@ class Flow:
         def expire(error: Exhausted) -> None:
             placed.set_exception(error)
 
-        ticket = Ticket(plan.priority, 4 * len(plan.prompt), lambda: self._find_room(choice), start, expire)
+        ticket = Ticket(plan.priority, 4 * (len(plan.prompt) + len(plan.predicted)), lambda: self._find_room(choice), start, expire)
         choice.timeline.queued_at = time.monotonic()
 
         def stop_waiting(_reason: str) -> None:
@@ -194,6 +194,8 @@ class Flow:
                 mine = fleet_pb2.Submit()
                 mine.CopyFrom(submit)
                 mine.part = part
+                if part == fleet_pb2.PART_DECODE:
+                    mine.predicted_token_ids.extend(plan.predicted)
                 mine.handoff.CopyFrom(handoff)
                 worker.send(submit=mine)
         elif prefill is not None:
@@ -201,6 +203,7 @@ class Flow:
             prefill.send(submit=submit)
         elif decode is not None:
             submit.part = fleet_pb2.PART_WHOLE
+            submit.predicted_token_ids.extend(plan.predicted)
             decode.send(submit=submit)
         if plan.session_id:
             self._remember(plan.session_id, placement)
@@ -220,6 +223,7 @@ class Flow:
         attempt.transfer_id = to_decode.transfer_id
         submit = self._submit(choice, attempt)
         submit.part = fleet_pb2.PART_DECODE
+        submit.predicted_token_ids.extend(choice.plan.predicted)
         submit.handoff.CopyFrom(to_prefill)
         decode.send(submit=submit)
         prefill.send(redirect=fleet_pb2.Redirect(attempt=attempt.number, handoff=to_decode))

@@ -32,6 +32,7 @@ from splitfire.core.validation import (
     ModelLimits,
     ValidRequest,
     check_messages,
+    check_predicted,
     check_request,
     check_tokenize_request,
     refuse_unknown_fields,
@@ -180,6 +181,11 @@ class InferenceApi:
             prompt = tuple(await self._model.text.encode_chat(valid.messages))
         else:
             prompt = tuple(await self._model.text.encode(valid.text or ""))
+        stopping = resolve_stopping(valid.stopping, len(prompt), model)
+        predicted: tuple[int, ...] = ()
+        if valid.predicted_output:
+            predicted = tuple(await self._model.text.encode_continuation(valid.predicted_output, "predicted_output"))
+            check_predicted(len(predicted), model.context_length)
         sampling = valid.sampling
         if not valid.has_seed:
             sampling = replace(sampling, seed=secrets.randbelow(limits.MAX_SEED))
@@ -187,12 +193,13 @@ class InferenceApi:
             request_id=request_id,
             prompt=prompt,
             sampling=sampling,
-            stopping=resolve_stopping(valid.stopping, len(prompt), model),
+            stopping=stopping,
             priority=valid.priority,
             session_id=valid.session_id,
             traceparent=trace.traceparent,
             accepted_at=accepted_at,
             deadline=deadline,
+            predicted=predicted,
         )
 
     async def _stream(

@@ -67,6 +67,10 @@ class TextPool:
     async def encode(self, text: str) -> list[int]:
         return await self._ask({"text": text}, "text")
 
+    async def encode_continuation(self, text: str, field: str) -> list[int]:
+        """Text that goes on where other text ends: no special tokens before it."""
+        return await self._ask({"continuation": text}, field)
+
     async def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         return await self._ask({"messages": turns}, "messages")

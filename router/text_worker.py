@@ -58,6 +58,10 @@ class TextEngine:
         """A prompt as it stands: text that looks like a special token is plain text (B09)."""
         return self._encode_plain(text, add_special_tokens=True)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Text in the middle of other text."""
+        return self._encode_plain(text, add_special_tokens=False)
+
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Messages through the model's template. Special tokens count in the template, never in what people wrote."""
         guarded, originals = self._guard(messages)
@@ -174,6 +178,8 @@ def _answer(engine: TextEngine, question: dict[str, Any]) -> dict[str, Any]:
     try:
         if "text" in question:
             return {"ids": engine.encode(question["text"])}
+        if "continuation" in question:
+            return {"ids": engine.encode_continuation(question["continuation"])}
         return {"ids": engine.encode_chat(question["messages"])}
     except BadInput as exc:
         return {"bad": str(exc)}

@@ -154,6 +154,7 @@ class Rig:
         output: Sequence[int] = (),
         stop: frozenset[int] = frozenset(),
         choice: int = 0,
+        predicted: Sequence[int] = (),
     ) -> Answer:
         """Submits to both nodes (or, with PART_WHOLE, to the decode node alone); returns at once."""
         answer = Answer(next(_attempts))
@@ -167,7 +168,7 @@ class Rig:
                 prompt=tuple(prompt), output=tuple(output), choice=choice, sampling=sampling,
                 stopping=StopParams(max_tokens, 0, stop),
                 purpose=Purpose.PREFILL if kind == fleet_pb2.PART_PREFILL else Purpose.GENERATE,
-                hash_root=ROOT_HASH, block_hashes=hash_blocks(ROOT_HASH, (*prompt, *output), layout.block_size),
+                hash_root=ROOT_HASH, block_hashes=hash_blocks(ROOT_HASH, (*prompt, *output), layout.block_size), predicted=tuple(predicted),
             )  # fmt: skip
             handoff = Handoff(transfer_id, token, peer.address) if peer is not None else None
             return Job(replies, answer.attempt, kind, spec, handoff, "", f"r{answer.attempt}", time.monotonic())

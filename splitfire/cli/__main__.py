@@ -60,6 +60,10 @@ def up(
     block_size: Annotated[int | None, typer.Option(envvar="SPLITFIRE_BLOCK_SIZE", help="tokens a KV block")] = None,
     chunk_tokens: Annotated[int | None, typer.Option(envvar="SPLITFIRE_CHUNK_TOKENS", help="tokens a step")] = None,
     max_context: Annotated[int | None, typer.Option(envvar="SPLITFIRE_MAX_CONTEXT", help="tokens a sequence")] = None,
+    speculate: Annotated[
+        str | None, typer.Option(envvar="SPLITFIRE_SPECULATE", help="off, auto, lookup, predicted or model")
+    ] = None,
+    draft_model: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DRAFT_MODEL", help="such as pico-draft for pico")] = None,
     transport: Annotated[str | None, typer.Option(envvar="SPLITFIRE_TRANSPORT", help="of KV: ucx or tcp")] = None,
     trace_file: Annotated[Path | None, typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,
 ) -> None:
@@ -72,6 +76,8 @@ def up(
         "--kv-memory": kv_memory,
         "--block-size": block_size,
         "--chunk-tokens": chunk_tokens,
+        "--speculate": speculate,
+        "--draft-model": resolve_model(draft_model) if draft_model else None,
         "--transport": transport,
     }
     shared = {"--max-context": max_context, "--trace-file": trace_file.absolute() if trace_file else None}
@@ -104,6 +110,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(envvar="SPLITFIRE_STOP", help="end before this text; may be given several times")
     ] = None,
+    predicted: Annotated[
+        Path | None, typer.Option(envvar="SPLITFIRE_PREDICTED", help="file that the answer will resemble: faster where it does")
+    ] = None,
     trace: Annotated[bool, typer.Option("--trace", envvar="SPLITFIRE_TRACE", help="show where the time went")] = False,
     timeout: TIMEOUT = 600.0,
 ) -> None:
@@ -111,6 +120,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     request = pb.GenerateRequest(
         text=text,
+        predicted_output=read_text(predicted) if predicted is not None else "",
         sampling=pb.SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         stopping=pb.StoppingParams(max_tokens=max_tokens, stop=stop or []),
     )
@@ -119,6 +129,13 @@ def generate(
     if trace and summary is not None:
         err.print()
         print_waterfall(err, summary)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"--predicted {path}: {getattr(exc, 'strerror', None) or 'is not UTF-8 text'}") from exc
 
 
 @app.command()

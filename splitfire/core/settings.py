@@ -160,6 +160,10 @@ class WorkerSettings(ServiceSettings):
     )
     chunk_tokens: int | None = Field(None, ge=16, le=65536, description="tokens one step computes at most; default: by device")
     max_running: int = Field(64, ge=1, le=1024, description="sequences in one batch")
+    speculate: Literal["off", "auto", "lookup", "predicted", "model"] = Field(
+        "auto", description="who drafts on decode workers: nobody, whoever pays, or one drafter alone, where it pays"
+    )
+    draft_model: str = Field("", description="small model with the same tokenizer that drafts, such as pico-draft for pico")
     prefix_cache: bool = Field(True, description="keep finished KV for prompts that begin alike")
     cpus: Annotated[str, _checked_by(parse_cpus)] = Field("", description="processors to run on, such as 0 or 0,2-3; default: all")
     threads: int | None = Field(None, ge=1, le=1024, description="threads of the model; default: one a processor")
@@ -185,6 +189,10 @@ class WorkerSettings(ServiceSettings):
             raise ValueError(f"ucx_devices {self.ucx_devices} carries KV in clear text between hosts: use lo, or --insecure")
         if self.role == "prefill" and self.drain_grace_s is not None and self.drain_grace_s <= limits.HOLD_S:
             raise ValueError(f"drain_grace_s of a prefill worker must exceed the hold deadline of {limits.HOLD_S:g} s")
+        if self.speculate == "model" and not self.draft_model:
+            raise ValueError("speculate is model, and draft_model names none: give --draft-model")
+        if self.draft_model and self.speculate not in ("auto", "model"):
+            raise ValueError(f"draft_model is {self.draft_model}, but speculate is {self.speculate}: use auto or model")
         if self.chunk_tokens is not None and self.chunk_tokens < self.block_size:
             raise ValueError(f"chunk_tokens is {self.chunk_tokens}, less than block_size = {self.block_size}")
         return self
@@ -192,6 +200,15 @@ class WorkerSettings(ServiceSettings):
     @property
     def cpu_numbers(self) -> tuple[int, ...]:
         return parse_cpus(self.cpus)
+
+    @property
+    def speculates(self) -> bool:
+        """Only workers that generate do."""
+        return self.speculate != "off" and self.role == "decode"
+
+    @property
+    def uses_draft_model(self) -> bool:
+        return self.speculates and bool(self.draft_model)
 
     @property
     def routers(self) -> tuple[str, ...]:
@@ -268,7 +285,7 @@ PARENT_VARIABLE = ENV_PREFIX + "PARENT"
 # What only the command line tool reads (splitfire/cli): the twins of its own flags.
 _CLI_FLAGS = (
     *("PREFILL", "DECODE", "AGGREGATED", "PREFILL_CPUS", "DECODE_CPUS", "SERVER", "TIMEOUT", "DEMO_PROMPT", "DEMO_TOKENS"),
-    *("MAX_TOKENS", "TEMPERATURE", "TOP_P", "TOP_K", "SEED", "STOP", "TRACE", "JSON"),
+    *("MAX_TOKENS", "TEMPERATURE", "TOP_P", "TOP_K", "SEED", "STOP", "TRACE", "JSON", "PREDICTED"),
 )
 CLI_VARIABLES = {PARENT_VARIABLE, *(ENV_PREFIX + name for name in _CLI_FLAGS)}
 

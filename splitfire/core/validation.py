@@ -70,6 +70,7 @@ class ValidRequest:
     n: int
     priority: int
     session_id: str
+    predicted_output: str
 
 
 def check_request(request: pb.GenerateRequest, model: ModelLimits) -> ValidRequest:
@@ -95,6 +96,7 @@ def check_request(request: pb.GenerateRequest, model: ModelLimits) -> ValidReque
         n=n,
         priority=_priority(request.priority),
         session_id=request.session_id,
+        predicted_output=request.predicted_output,
     )
 
 
@@ -156,6 +158,11 @@ def resolve_stopping(stopping: StopRequest, num_prompt: int, model: ModelLimits)
     return StopParams(max_tokens, stopping.min_tokens, stopping.stop_token_ids)
 
 
+def check_predicted(num_tokens: int, context_length: int) -> None:
+    """A text longer than any answer predicts none."""
+    require(num_tokens <= context_length, "predicted_output", f"{num_tokens} tokens long", f"at most {context_length}, the context")
+
+
 def _check_counts(request: pb.GenerateRequest, model: ModelLimits) -> None:
     """Before anything is looked at one by one: 4 MiB hold a million of the small things."""
     num_ids, num_biases = len(request.prompt_token_ids), len(request.sampling.logit_bias)
@@ -186,8 +193,6 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
 def _refuse_unsupported(request: pb.GenerateRequest) -> None:
     if request.adapter:
         raise Unsupported("adapter", "adapters are not supported by this version; leave it empty")
-    if request.predicted_output:
-        raise Unsupported("predicted_output", "predicted output is not supported by this version; leave it empty")
     plain = (pb.ResponseFormat.TYPE_UNSPECIFIED, pb.ResponseFormat.TYPE_TEXT)
     if request.response_format.type not in plain or request.response_format.json_schema:
         raise Unsupported("response_format", "structured output is not supported by this version; use TYPE_TEXT")

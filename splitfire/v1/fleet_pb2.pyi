@@ -415,6 +415,7 @@ class Submit(_message.Message):
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PREDICTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """unique on this stream; fences late output"""
     request_id: _builtins.str
@@ -442,6 +443,10 @@ class Submit(_message.Message):
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """of the full blocks of prompt and output, chained"""
 
+    @_builtins.property
+    def predicted_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """what the output will resemble; only for who generates"""
+
     def __init__(
         self,
         *,
@@ -458,10 +463,11 @@ class Submit(_message.Message):
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
         traceparent: _builtins.str = ...,
         cache_salt: _builtins.bytes = ...,
+        predicted_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "cache_salt", b"cache_salt", "choice", b"choice", "handoff", b"handoff", "output_token_ids", b"output_token_ids", "part", b"part", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "cache_salt", b"cache_salt", "choice", b"choice", "handoff", b"handoff", "output_token_ids", b"output_token_ids", "part", b"part", "predicted_token_ids", b"predicted_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

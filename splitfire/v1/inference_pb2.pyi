@@ -143,7 +143,9 @@ class GenerateRequest(_message.Message):
     adapter: _builtins.str
     """not built yet: UNIMPLEMENTED"""
     predicted_output: _builtins.str
-    """not built yet: UNIMPLEMENTED"""
+    """Text that the answer will resemble, such as the file to be edited: changes how fast it comes, never what it is. At most as
+    many tokens as the model's context.
+    """
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property

@@ -11,7 +11,7 @@ from splitfire.core.errors import ExceedsContext, ExceedsPool, InvalidInput, Spl
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.hashing import HASH_BYTES, BlockHash, chain_root
 from splitfire.core.layout import KvLayout
-from splitfire.core.ranges import check_sampling, check_stopping, check_token_ids
+from splitfire.core.ranges import check_sampling, check_stopping, check_token_ids, require
 from splitfire.core.wire import sampling_from_wire, stopping_from_wire
 from splitfire.engine.kernels.sample import SampledToken
 from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
@@ -119,6 +119,11 @@ def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, rece
     prompt, output = tuple(submit.prompt_token_ids), tuple(submit.output_token_ids)
     check_token_ids("prompt_token_ids", prompt, limits.vocab_size)
     check_token_ids("output_token_ids", output, limits.vocab_size)
+    predicted = tuple(submit.predicted_token_ids)
+    check_token_ids("predicted_token_ids", predicted, limits.vocab_size)
+    require(
+        len(predicted) <= limits.max_context, "predicted_token_ids", f"{len(predicted)} of them", f"at most {limits.max_context}"
+    )
     if not prompt:
         raise InvalidInput("prompt", "must not be empty")
     if len(prompt) + stopping.max_tokens > limits.max_context:
@@ -146,6 +151,7 @@ def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, rece
         hash_root=chain_root(submit.cache_salt, limits.fingerprint.digest, ""),
         block_hashes=hashes,
         priority=submit.priority,
+        predicted=predicted,
     )
     handoff = handoff_from_wire(submit.handoff, limits.transport) if submit.HasField("handoff") else None
     return Job(replies, submit.attempt, submit.part, spec, handoff, submit.traceparent, submit.request_id, received_at)

@@ -28,6 +28,7 @@ from splitfire.engine.pool import TORCH_DTYPES, KvPool
 from splitfire.engine.runner import Runner
 from splitfire.engine.scheduler import Budget
 from splitfire.engine.tensors import check_tensors, weight_bytes, weight_format
+from splitfire.worker.speculation import make_speculator, plan_draft_model
 
 log = structlog.get_logger("worker")
 # A chunk is long enough to keep the processor busy and short enough that little KV is left to ship when the prompt is done.
@@ -74,7 +75,9 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     held = config.stored_dtype if is_compiled and dtype == "fp32" and config.stored_dtype == "bf16" and not config.quant else dtype
     options = LoadOptions(TORCH_DTYPES[held], device, settings.allow_nonfinite, settings.weights == "int8")
     num_weight_bytes = weight_bytes(config, held, options.is_int8)
-    check_memory(num_weight_bytes, num_blocks * layout.block_bytes, device)
+    draft = plan_draft_model(settings, model, dtype, layout, num_blocks, max_context)
+    draft_bytes = (draft.weight_bytes, draft.pool_bytes) if draft is not None else (0, 0)
+    check_memory(num_weight_bytes + draft_bytes[0], num_blocks * layout.block_bytes + draft_bytes[1], device)
     with ThreadPoolExecutor(1, "digest") as pool:
         digest = pool.submit(weights_digest, sorted({entry.file for entry in model.tensors().values()}))
         weights = _load(model, options)
@@ -95,7 +98,8 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     runner = Runner(transformer, KvPool(layout, num_blocks, device))
     blocks = BlockPool(num_blocks, caches_prefixes=settings.prefix_cache)
     chunk_tokens = settings.chunk_tokens or max(CHUNK_TOKENS[device.type], settings.block_size)
-    engine = Engine(runner, blocks, Budget(chunk_tokens, settings.max_running), time.monotonic)
+    speculator = make_speculator(settings, runner, draft, options)
+    engine = Engine(runner, blocks, Budget(chunk_tokens, settings.max_running), time.monotonic, speculator)
     return LoadedModel(model, engine, layout, fingerprint, max_context, chunk_tokens)
 
 

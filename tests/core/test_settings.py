@@ -75,6 +75,10 @@ def test_flags_and_environment_mean_the_same(monkeypatch: pytest.MonkeyPatch) ->
         (["--log-level=loud"], "log_level"),
         (["--kv-dtype=int4"], "'int8' or 'fp8_e4m3'"),
         (["--dtype=int8"], "'bf16', 'fp16' or 'fp32'"),
+        (["--speculate=on"], "'off', 'auto', 'lookup', 'predicted' or 'model'"),
+        (["--speculate=model"], "--draft-model"),
+        (["--speculate=lookup", "--draft-model=pico-draft"], "draft_model is pico-draft, but speculate is lookup"),
+        (["--speculate=off", "--draft-model=pico-draft"], "draft_model is pico-draft, but speculate is off"),
     ],
 )
 def test_a_wrong_worker_setting_is_named(flags: list[str], says: str) -> None:

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitfire.core import limits
-from splitfire.core.errors import Code, SplitfireError
+from splitfire.core.errors import Code, InvalidInput, SplitfireError
 from splitfire.core.model_config import GenerationDefaults
 from splitfire.core.ranges import check_sampling, check_stopping
 from splitfire.core.sampling import SamplingParams, StopParams
-from splitfire.core.validation import ModelLimits, ValidRequest, check_request, resolve_stopping
+from splitfire.core.validation import ModelLimits, ValidRequest, check_predicted, check_request, resolve_stopping
 from splitfire.v1 import inference_pb2 as pb
 
 MODEL = ModelLimits("pico", vocab_size=4096, context_length=2048, eos_token_ids=(0,), has_chat_template=True)
@@ -189,7 +189,6 @@ def test_any_bytes_are_a_request_or_a_typed_error(data: bytes) -> None:
         (request(model="gpt-5"), Code.NOT_FOUND, "model_not_found"),  # B26
         (request(model="../../etc/passwd"), Code.NOT_FOUND, "model_not_found"),
         (request(adapter="x"), Code.UNIMPLEMENTED, "unsupported_adapter"),  # B27, B28
-        (request(predicted_output="x"), Code.UNIMPLEMENTED, "unsupported_predicted_output"),
         (
             request(response_format=pb.ResponseFormat(type=pb.ResponseFormat.TYPE_JSON_OBJECT)),
             Code.UNIMPLEMENTED,
@@ -207,6 +206,15 @@ def test_any_bytes_are_a_request_or_a_typed_error(data: bytes) -> None:
 def test_what_is_not_to_be_had_says_why(message: pb.GenerateRequest, code: Code, reason: str) -> None:
     error = refusal(message)
     assert (error.code, error.reason) == (code, reason)
+
+
+def test_predicted_output_is_taken_as_it_is_and_bounded_by_the_context() -> None:
+    assert accepted(request(predicted_output="a\0b\n")).predicted_output == "a\0b\n"
+    assert accepted(request()).predicted_output == ""
+    check_predicted(2048, 2048)
+    with pytest.raises(InvalidInput, match=r"predicted_output: is 2049 tokens long, accepted: at most 2048") as caught:
+        check_predicted(2049, 2048)
+    assert caught.value.reason == "invalid_predicted_output"
 
 
 def test_messages_need_a_template() -> None:

@@ -97,7 +97,7 @@ def raw(pico: RunningFleet, data: bytes, method: str = "Generate") -> grpc.RpcEr
         ),
         (greedy(n=10**6), INVALID, "invalid_n", "n"),
         (greedy(adapter="x"), UNIMPLEMENTED, "unsupported_adapter", "adapter"),
-        (greedy(predicted_output="x"), UNIMPLEMENTED, "unsupported_predicted_output", "predicted_output"),
+        (greedy(predicted_output="x = 1\n" * 2000), INVALID, "invalid_predicted_output", "predicted_output"),
         (greedy(model="other"), grpc.StatusCode.NOT_FOUND, "model_not_found", "model"),
         (greedy(request_id="a\nb"), INVALID, "invalid_request_id", "request_id"),
         (greedy(metadata={"chat_template": "x"}), grpc.StatusCode.PERMISSION_DENIED, "forbidden_metadata", "metadata"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -28,6 +29,17 @@ def test_generate_streams_text_and_shows_the_waterfall(pico: RunningFleet) -> No
     assert again.stdout == ran.stdout
 
 
+def test_generate_takes_a_predicted_output_from_a_file(pico: RunningFleet, tmp_path: Path) -> None:
+    plain = splitfire("generate", "def f(", "--server", pico.address, "--max-tokens=40", "--temperature=0")
+    file = tmp_path / "predicted.txt"
+    file.write_text(plain.stdout)
+    ran = splitfire(
+        "generate", "def f(", "--server", pico.address, "--max-tokens=40", "--temperature=0", "--trace", f"--predicted={file}"
+    )
+    assert (ran.returncode, ran.stdout) == (0, plain.stdout)
+    assert "accepted" in ran.stderr
+
+
 def test_chat_keeps_the_conversation(pico: RunningFleet) -> None:
     ran = splitfire("chat", "--server", pico.address, "--max-tokens=8", stdin="hello\nagain\n\n")
     assert ran.returncode == 0
@@ -47,6 +59,7 @@ def test_fleet_shows_workers_and_pairs(pico: RunningFleet) -> None:
         (["generate", "x", "--server", "127.0.0.1:9"], 1, "start a fleet with `splitfire up`"),
         (["generate", "x", "--max-tokens=0"], 2, "max-tokens"),
         (["generate", "x", "--no-such-flag"], 2, "No such option"),
+        (["generate", "x", "--predicted=/nowhere"], 2, "--predicted /nowhere: No such file"),
         (["frobnicate"], 2, "No such command"),
         (["up", "/nowhere", "--port=0"], 2, "No such file"),
         (["up", "pico", "--port=0", "--prefill-cpus=a"], 2, "processor numbers"),
@@ -54,6 +67,7 @@ def test_fleet_shows_workers_and_pairs(pico: RunningFleet) -> None:
         (["router", "--blok=1"], 2, "unknown flag --blok"),
         (["prefill", "--block-size=33"], 2, "power of two"),
         (["decode", "--kv-memory=lots"], 2, "KiB, MiB or GiB"),
+        (["decode", "--speculate=model"], 2, "--draft-model"),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments: list[str], code: int, says: str) -> None:

@@ -42,6 +42,22 @@ def test_text_in_text_out(pico: RunningFleet) -> None:
     assert answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True)
 
 
+def test_predicted_output_makes_the_same_answer_from_drafts(pico: RunningFleet) -> None:
+    """Whether it comes true or not."""
+    request = pb.GenerateRequest(
+        text="def add(a, b):\n    return",
+        sampling=pb.SamplingParams(temperature=0.0),
+        stopping=pb.StoppingParams(max_tokens=120, ignore_eos=True),
+    )
+    plain = pico.generate(request)[0]
+    for predicted, least in ((plain.text, 40), ("# nothing like it\n" * 20, 0)):
+        request.predicted_output = predicted
+        answer = pico.generate(request)[0]
+        assert answer.ids == plain.ids
+        usage = answer.summary.usage
+        assert least <= usage.accepted_draft_tokens <= usage.draft_tokens
+
+
 def test_the_same_seed_gives_the_same_tokens_and_the_summary_tells_it(pico: RunningFleet) -> None:
     request = pb.GenerateRequest(prompt_token_ids=PROMPT, stopping=pb.StoppingParams(max_tokens=20, ignore_eos=True))
     drawn = pico.generate(request)[0]

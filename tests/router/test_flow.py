@@ -41,11 +41,16 @@ class Desk:
         self.decodes = [FakeWorker(self.fleet, "decode", f"d{i}") for i in range(decodes)]
 
     def ask(
-        self, max_tokens: int = 5, timeout: float = 30.0, stop: frozenset[int] = frozenset(), logprobs: int | None = None
+        self,
+        max_tokens: int = 5,
+        timeout: float = 30.0,
+        stop: frozenset[int] = frozenset(),
+        logprobs: int | None = None,
+        predicted: tuple[int, ...] = (),
     ) -> Asked:
         now = time.monotonic()
         sampling = SamplingParams(seed=3, logprobs=logprobs)
-        plan = RequestPlan("r", PROMPT, sampling, StopParams(max_tokens, 0, stop), 2, "", "", now, now + timeout)
+        plan = RequestPlan("r", PROMPT, sampling, StopParams(max_tokens, 0, stop), 2, "", "", now, now + timeout, predicted)
         choice = Choice(plan, 0, asyncio.Event())
         return Asked(choice, asyncio.create_task(self.flow.run(choice)))
 
@@ -128,6 +133,33 @@ def test_both_workers_get_the_same_request_at_once() -> None:
         assert asked.choice.finish_reason == LENGTH
         assert asked.choice.state is Req.DONE
         desk.assert_nothing_left()
+
+    play(scene())
+
+
+def test_predicted_output_goes_to_whoever_generates_wherever_the_request_goes_on() -> None:
+    """Not to prefill, which drafts nothing; with every attempt anew."""
+
+    async def scene() -> None:
+        desk = Desk(prefills=1, decodes=2)
+        asked = desk.ask(predicted=(5, 6, 7))
+        _, prefill = await dispatched(*desk.prefills)
+        d, decode = await dispatched(*desk.decodes)
+        assert list(prefill.predicted_token_ids) == []
+        assert list(decode.predicted_token_ids) == [5, 6, 7]
+        d.output(decode.attempt, 0, [5, 6])
+        d.die()
+        other = next(w for w in desk.decodes if w is not d)
+        _, again = await dispatched(other)
+        assert (list(again.output_token_ids), list(again.predicted_token_ids)) == ([5, 6], [5, 6, 7])
+        asked.task.cancel()
+        await asyncio.gather(asked.task, return_exceptions=True)
+        desk = Desk(prefills=0)
+        asked = desk.ask(predicted=(5, 6, 7))
+        _, whole = await dispatched(*desk.decodes)
+        assert (whole.part, list(whole.predicted_token_ids)) == (fleet_pb2.PART_WHOLE, [5, 6, 7])
+        asked.task.cancel()
+        await asyncio.gather(asked.task, return_exceptions=True)
 
     play(scene())
 

@@ -84,6 +84,13 @@ def test_special_tokens_in_a_prompt_are_plain_text(engine: TextEngine, tokenizer
     assert tokenizer.decode(ids[1:], skip_special_tokens=False) == "a<|endoftext|>b<|user|>"
 
 
+def test_text_that_goes_on_has_no_beginning(engine: TextEngine) -> None:
+    """Predicted output: the tokens that would follow other text, and nothing before them."""
+    assert engine.encode("x = 1")[1:] == engine.encode_continuation("x = 1")
+    assert engine.encode("")[1:] == engine.encode_continuation("") == []
+    assert engine.encode_continuation("a<|endoftext|>") == engine.encode("a<|endoftext|>")[1:], "plain text, whatever it looks like"
+
+
 @pytest.mark.parametrize("template", [None, LLAMA_TEMPLATE])
 def test_chats_become_the_tokens_transformers_makes(model: Path, template: str | None) -> None:
     directory = with_template(model, template) if template else ModelDir(model)

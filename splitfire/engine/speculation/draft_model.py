@@ -26,7 +26,7 @@ class DraftModel:
 
     def __init__(self, runner: Runner, blocks: BlockPool, max_context: int) -> None:
         self.blocks = blocks
-        self._runner = runner
+        self.runner = runner
         self._max_context = max_context
         self._mirrors: dict[SeqId, _Mirror] = {}
         self._num_ended = 0  # mirrors: after each there may be room for one that had none
@@ -52,7 +52,7 @@ class DraftModel:
                 slices.append(Slice(sequence, sequence.num_computed, sequence.num_computed + size))
                 num_tokens -= size
         if slices:
-            self._runner.run(slices)
+            self.runner.run(slices)
             for piece in slices:
                 piece.sequence.num_computed = piece.end
 
@@ -65,7 +65,7 @@ class DraftModel:
         while drafting := [m for m in drafting if depth < widths[m.seq_id] and self._can_go_on(m)]:
             depth += 1
             slices = [Slice(m.sequence, m.sequence.num_computed, m.sequence.num_tokens, decodes=True) for m in drafting]
-            drawn = self._runner.run(slices)
+            drawn = self.runner.run(slices)
             for i, (mirror, piece) in enumerate(zip(drafting, slices, strict=True)):
                 mirror.take(piece, drawn[i].tokens[0].token_id if drawn[i].tokens else None)
         return {t.spec.seq_id: drafted for t in targets if (drafted := self._mirrors[t.spec.seq_id].drafted)}
