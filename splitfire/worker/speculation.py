@@ -78,7 +78,7 @@ def make_speculator(
     """None where nothing is to be speculated: off, or a worker that only computes prompts."""
     if not settings.speculates:
         return None
-    model = _load(draft, replace(options, is_int8=False)) if draft is not None else None
+    model = _load(draft, replace(options, is_int8=False), settings.max_running) if draft is not None else None
     clock = time.perf_counter
     points = measure_steps(runner, SHAPES, MEASURE_S, settings.max_running, clock)
     draft_points = (
@@ -95,13 +95,13 @@ def make_speculator(
     return BatchSpeculator(controller, clock, sources, Modelled(model, controller) if model is not None else None)
 
 
-def _load(draft: DraftPlan, options: LoadOptions) -> DraftModel:
+def _load(draft: DraftPlan, options: LoadOptions, max_mirrors: int) -> DraftModel:
     config = draft.model.config
     weights = load_weights(draft.model, options)
     rope = rope_table(config.rope, config.head_dim, draft.max_context, options.device)
     runner = Runner(Transformer(config, weights, rope), KvPool(draft.layout, draft.num_blocks, options.device))
     log.info("draft model loaded", model=draft.model.path.name, bytes=draft.weight_bytes, pool_bytes=draft.pool_bytes)
-    return DraftModel(runner, BlockPool(draft.num_blocks, caches_prefixes=False), draft.max_context)
+    return DraftModel(runner, BlockPool(draft.num_blocks, caches_prefixes=False), draft.max_context, max_mirrors)
 
 
 def _digest(model: ModelDir) -> bytes:

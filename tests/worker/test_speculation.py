@@ -85,7 +85,7 @@ def test_only_who_generates_speculates(flags: list[str], tmp_path: Path) -> None
     loaded.engine.add(spec)
     updates = drain(loaded.engine)
     assert len(tokens_of(updates, spec)) == 60
-    assert (loaded.engine._speculator is None) == bool(flags)
+    assert loaded.engine._proposals.is_on != bool(flags)
 
 
 def test_the_cost_table_is_measured_within_its_time() -> None:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from splitfire.core.hashing import BlockHash
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.engine.blocks import BlockId
+from splitfire.engine.lanes import Lanes
 from splitfire.engine.runner import Runner
-from splitfire.engine.scheduler import Slice
+from splitfire.engine.scheduler import Slice, Step
 from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
 from splitfire.engine.speculation.costs import CostPoint
 
@@ -48,20 +49,30 @@ def measure_steps(
 
 
 def _time_step(runner: Runner, num_sequences: int, rows: int, clock: Callable[[], float]) -> float:
-    pieces = [_piece(runner, i, rows // num_sequences - 1) for i in range(num_sequences)]
+    step = _make_step(runner, num_sequences, rows // num_sequences - 1)
     began = clock()
-    runner.run(pieces)
+    runner.run(step)
     return clock() - began
 
 
-def _piece(runner: Runner, index: int, num_drafts: int) -> Slice:
+def _make_step(runner: Runner, num_sequences: int, num_drafts: int) -> Step:
+    """Sequences that decode, each with so many drafts."""
     layout = runner.pool.layout
     context = min(CONTEXT, runner.pool.num_blocks * layout.block_size - num_drafts)
+    block_ids = [BlockId(i) for i in range(layout.blocks_for(context + num_drafts))]
     prompt = tuple(i % min(7, runner.model.config.vocab_size) for i in range(context - 1))
     greedy, stopping = SamplingParams(temperature=0.0), StopParams(WIDEST + 1)
-    spec = SequenceSpec(SeqId(index), prompt, (), 0, greedy, stopping, Purpose.GENERATE, BlockHash(b""))
-    sequence = Sequence(spec, index, layout.block_size)
-    sequence.tokens.append(0)
-    sequence.num_computed = context - 1
-    sequence.block_ids = [BlockId(i) for i in range(layout.blocks_for(context + num_drafts))]
-    return Slice(sequence, context - 1, context, decodes=True, drafts=(0,) * num_drafts)
+    lanes = Lanes(num_sequences, layout.block_size)
+    slices = []
+    for i in range(num_sequences):
+        sequence = Sequence(
+            SequenceSpec(SeqId(i), prompt, (), 0, greedy, stopping, Purpose.GENERATE, BlockHash(b"")), i, layout.block_size
+        )
+        sequence.tokens.append(0)
+        sequence.block_ids = block_ids
+        lanes.take(sequence)
+        if num_drafts:
+            slices.append(Slice(sequence, context - 1, context, (0,) * num_drafts))
+        else:
+            lanes.decode(sequence)
+    return Step(lanes, lanes.decoding, slices)

@@ -10,11 +10,12 @@ import torch
 
 from splitfire.core.layout import KvLayout
 from splitfire.engine.blocks import BlockPool
+from splitfire.engine.drawing import StepTokens
 from splitfire.engine.engine import Engine
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.pool import KvPool
-from splitfire.engine.runner import Drawn, Runner
-from splitfire.engine.scheduler import Slice
+from splitfire.engine.runner import Runner
+from splitfire.engine.scheduler import Step
 from splitfire.engine.sequence import SeqId
 from splitfire.engine.speculation.controller import Controller, Offer, Pick
 from splitfire.engine.speculation.costs import CostPoint, StepCosts
@@ -51,10 +52,12 @@ class Always(Controller):
         return {seq_id: Pick(offered[seq_id].source, width) for seq_id, width in widths.items() if width}
 
 
-def make_draft_model(model: Transformer, *, num_blocks: int = 64, block_size: int = 32, context: int = 2048) -> DraftModel:
+def make_draft_model(
+    model: Transformer, *, num_blocks: int = 64, block_size: int = 32, context: int = 2048, max_mirrors: int = 16
+) -> DraftModel:
     layout = KvLayout("fp32", model.config.num_layers, model.config.num_kv_heads, model.config.head_dim, block_size)
     runner = Runner(model, KvPool(layout, num_blocks, torch.device("cpu")))
-    return DraftModel(runner, BlockPool(num_blocks, caches_prefixes=False), context)
+    return DraftModel(runner, BlockPool(num_blocks, caches_prefixes=False), context, max_mirrors)
 
 
 def make_speculator(
@@ -70,11 +73,12 @@ def let_time_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     run = engine.runner.run
 
-    def timed(slices: Seq[Slice]) -> dict[int, Drawn]:
+    def timed(step: Step) -> StepTokens:
         nonlocal now
-        num_extra = sum(len(piece.drafts) for piece in slices)
-        now += CHEAP_ROWS.plain(len(slices)) + CHEAP_ROWS.added(len(slices))[num_extra]
-        return run(slices)
+        num_sequences = len(step.decoding) + len(step.slices)
+        num_extra = sum(len(piece.drafts) for piece in step.slices)
+        now += CHEAP_ROWS.plain(num_sequences) + CHEAP_ROWS.added(num_sequences)[num_extra]
+        return run(step)
 
     monkeypatch.setattr(engine.runner, "run", timed)
     monkeypatch.setattr(engine, "_clock", lambda: now)

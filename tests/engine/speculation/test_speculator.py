@@ -10,13 +10,14 @@ import pytest
 
 from splitfire.core.sampling import SamplingParams
 from splitfire.engine.drafting import Verified
-from splitfire.engine.engine import Engine, SequenceUpdate
+from splitfire.engine.engine import Engine
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
 from splitfire.engine.speculation.controller import Controller
 from splitfire.engine.speculation.costs import CostPoint, StepCosts
 from splitfire.engine.speculation.draft_model import DraftModel
 from splitfire.engine.speculation.speculator import CATCH_UP_TOKENS, BatchSpeculator, Sources
+from splitfire.engine.updates import SequenceUpdate
 from tests.checkpoints import PICO, VOCAB
 from tests.engine.speculation.rig import CHEAP_ROWS, Always, let_time_pass, make_draft_model, make_speculator
 from tests.engines import GREEDY, assert_no_leaks, drain, load_model, make_engine, make_spec, tokens_of
@@ -176,10 +177,10 @@ def test_the_draft_model_catches_up_after_a_hand_off_beside_the_steps(
     costs = StepCosts([CostPoint(1, 1, 0.01), CostPoint(1, 9, 0.0104)], [CostPoint(1, 1, 0.0001), CostPoint(64, 64, 0.005)])
     engine = make_engine(pico, speculator=make_speculator(Controller(costs), sources=NONE, draft_model=model))
     let_time_pass(engine, monkeypatch)
-    reservation = engine.reserve(spec)
+    reservation = engine.lending.reserve(spec)
     assert reservation is not None
     engine.runner.pool.elements[list(reservation.block_ids)] = source.runner.pool.elements[list(update.block_ids)]
-    engine.commit(reservation, 0, len(reservation.block_ids), spec.block_hashes)
+    engine.lending.commit(reservation, 0, len(reservation.block_ids), spec.block_hashes)
     engine.join(reservation, update.tokens[0].token_id)
     updates = drain(engine)
     assert [update.tokens[0].token_id, *(t.token_id for u in updates for t in u.tokens)] == answer
@@ -209,6 +210,8 @@ def test_a_mirror_that_was_wrong_drafts_what_a_new_one_would(pico_draft: Transfo
         drafted = drafts_of(model, target, 4)
         assert len(drafted) == 4
         assert drafted == fresh_drafts(pico_draft, target, 4), f"step {step}"
+        if step == 5:
+            continue  # the step was not for this sequence: nothing was verified
         keep = draw.randrange(5)
         target.tokens += (*drafted[:keep], draw.randrange(VOCAB))
         if step % 4 == 3:
