@@ -72,7 +72,7 @@ class Acceptance:
 
     def came_true(self, evidence: int, count: int = 1) -> None:
         """`count` tokens in a row, the first of them at `evidence`."""
-        for at, num_tokens in _bins(evidence, count):
+        for at, num_tokens in ((NUM_BINS - 1, count),) if evidence >= _MOST else _bins(evidence, count):
             common = self._everyone.misses[at]
             own_hit, common_hit = 1.0 - _possible(self._own.misses[at]), 1.0 - _possible(common * self._misses / self._expected)
             self._believe(num_tokens, num_tokens * log(own_hit / common_hit))

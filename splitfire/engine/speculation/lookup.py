@@ -15,7 +15,7 @@ ONE_BY_ONE = 256  # tokens; more at once go past the shares
 
 
 class Lookup:
-    """Follows one sequence's own text. `evidence` is the length of the match, while `max_width` is not 0."""
+    """Follows one sequence's own text. `evidence` is the length of the match that `look` found."""
 
     source = "lookup"
 
@@ -25,23 +25,31 @@ class Lookup:
         self.evidence = 0
         self._index = SuffixIndex()
         self._at = 0  # of the token that is expected next; 0: nothing is
-
-    @property
-    def max_width(self) -> int:
-        """Tokens it could propose now."""
-        return MAX_WIDTH if self._at else 0
+        self._may_match = False  # something, if it is looked for
 
     def follow(self, tokens: Sequence[int], count: int) -> None:
         """Takes in the next `count` of the sequence's tokens, prompt included."""
         begin, self.num_seen = self.num_seen, self.num_seen + count
         if count == 1 and not self._at:
-            if self._index.append(tokens[begin]):
-                self._search()
+            self._may_match = self._index.append(tokens[begin])
         elif count <= ONE_BY_ONE:
             self._advance(tokens[begin : begin + count])
         else:  # a prompt, or what came while nobody asked: nothing to learn from
             self._index.extend(tokens[begin : begin + count])
-            self._search()
+            self._at, self._may_match = 0, True
+
+    def look(self) -> int:
+        """How many tokens it could propose now."""
+        if self._at:
+            return MAX_WIDTH
+        if not self._may_match:
+            return 0
+        self._may_match = False
+        match = self._index.find(self._index.token_ids, self._index.state)
+        if match is None:
+            return 0
+        self._at, self.evidence = match.at, match.length
+        return MAX_WIDTH
 
     def draft(self, width: int) -> tuple[int, ...]:
         """The tokens that followed then; past the end of the text, where it would repeat itself, the repetition."""
@@ -53,7 +61,7 @@ class Lookup:
         return tuple(piece)
 
     def verified(self, num_drafted: int, num_accepted: int) -> None:
-        """Nothing to learn: `advance` has seen the tokens."""
+        """Nothing to learn: `follow` will see the tokens."""
 
     def _advance(self, token_ids: Sequence[int]) -> None:
         index = self._index
@@ -61,25 +69,17 @@ class Lookup:
         hits = 0
         for token_id in token_ids:
             at = self._at
-            if at:
-                if tokens[at] == token_id:
-                    self._at = at + 1
-                    hits += 1
-                    index.append(token_id)
-                    continue
+            if at and tokens[at] == token_id:
+                self._at = at + 1
+                hits += 1
+            elif at:
                 self._followed(hits)
-                hits = 0
+                hits = self._at = 0
                 self.acceptance.missed(self.evidence)
-                self._at = 0
-            if index.append(token_id):
-                self._search()
+            self._may_match = index.append(token_id)
         self._followed(hits)
 
     def _followed(self, hits: int) -> None:
         if hits:
             self.acceptance.came_true(self.evidence, hits)
             self.evidence += hits
-
-    def _search(self) -> None:
-        match = self._index.find(self._index.token_ids, self._index.state)
-        self._at, self.evidence = (match.at, match.length) if match is not None else (0, 0)

@@ -26,7 +26,7 @@ CLOSENESS = (4, *[2] * 4, *[1] * 8, 0)
 
 
 class Predicted:
-    """The cursor of one sequence. `evidence` counts the tokens in a row it was right about, while `max_width` is not 0."""
+    """The cursor of one sequence. `evidence` counts the tokens in a row it was right about, once `look` has set it."""
 
     source = "predicted"
 
@@ -41,10 +41,13 @@ class Predicted:
         self._ending: list[int] = []  # of the answer, the last MAX_MATCH tokens or more
         self._state = 0  # of the rolling hash of the answer
         self._width = MIN_WIDTH
+        self._is_lost = False  # the cursor is to be set anew
 
-    @property
-    def max_width(self) -> int:
-        """Tokens it could propose now."""
+    def look(self) -> int:
+        """How many tokens it could propose now."""
+        if self._is_lost:
+            self._is_lost = False
+            self._anchor()
         return min(self._width, len(self._index.token_ids) - self._at)
 
     def follow(self, tokens: Sequence[int], count: int) -> None:
@@ -56,7 +59,7 @@ class Predicted:
             self._since = PATIENCE + 1
             for token_id in tokens[begin + count - MAX_MATCH : begin + count]:
                 self._take(token_id)
-            self._anchor()
+            self._is_lost = True
 
     def draft(self, width: int) -> tuple[int, ...]:
         return tuple(self._index.token_ids[self._at : self._at + width])
@@ -73,7 +76,7 @@ class Predicted:
         hits = 0
         for token_id in token_ids:
             self._take(token_id)
-            if self._at < len(given):
+            if not self._is_lost and self._at < len(given):
                 if given[self._at] == token_id:
                     self._at += 1
                     hits += 1
@@ -81,8 +84,8 @@ class Predicted:
                 self._followed(hits)
                 hits = 0
                 self.acceptance.missed(self.evidence)
+            self._is_lost = True
             self._since += 1
-            self._anchor()
         self._followed(hits)
 
     def _take(self, token_id: int) -> None:

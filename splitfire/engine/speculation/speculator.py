@@ -119,7 +119,7 @@ class BatchSpeculator:
                         behind = min(behind, budget)
                         budget -= behind
                     drafter.follow(tokens, behind)
-                if not (width := drafter.max_width):
+                if not (width := drafter.look()):
                     continue
                 width = min(width, sequence.num_left - 1)
                 survival = drafter.acceptance.survival(drafter.evidence, width, least)

@@ -24,6 +24,7 @@ def lookup(*texts: list[int]) -> Lookup:
     for text in texts:
         tokens += text
         drafter.follow(tokens, len(text))
+        drafter.look()
     return drafter
 
 
@@ -33,6 +34,7 @@ def predicted(given: list[int], *answers: list[int], num_prompt: int = 0) -> Pre
     for answer in answers:
         tokens += answer
         drafter.follow(tokens, len(answer))
+        drafter.look()
     return drafter
 
 
@@ -42,9 +44,9 @@ def test_lookup_continues_the_latest_occurrence_of_the_longest_match() -> None:
 
 
 def test_lookup_proposes_nothing_where_nothing_occurred_before() -> None:
-    assert lookup(TEXT[:40]).max_width == 0
-    assert lookup([1, 2]).max_width == 0
-    assert lookup([]).max_width == 0
+    assert lookup(TEXT[:40]).look() == 0
+    assert lookup([1, 2]).look() == 0
+    assert lookup([]).look() == 0
 
 
 def test_lookup_follows_a_repetition_and_notices_its_end() -> None:
@@ -52,7 +54,7 @@ def test_lookup_follows_a_repetition_and_notices_its_end() -> None:
     assert (drafter.evidence, drafter.draft(5)) == (20, tuple(TEXT[60:65]))
     tokens = [*TEXT[:300], *TEXT[40:60], *TEXT[60:70], OTHER[0]]
     drafter.follow(tokens, 11)
-    assert drafter.max_width == 0
+    assert drafter.look() == 0
 
 
 def test_lookup_unrolls_a_loop_past_the_end_of_the_text() -> None:
@@ -70,17 +72,17 @@ def test_lookup_is_where_it_would_be_had_it_seen_every_token() -> None:
 
 def test_a_text_that_comes_true_is_drafted_wider_and_wider() -> None:
     drafter = predicted(TEXT, TEXT[:1])
-    assert drafter.draft(drafter.max_width) == tuple(TEXT[1:17])
+    assert drafter.draft(drafter.look()) == tuple(TEXT[1:17])
     widths = []
     for _ in range(5):
-        widths.append(drafter.max_width)
-        drafter.verified(drafter.max_width, drafter.max_width)
+        widths.append(drafter.look())
+        drafter.verified(drafter.look(), drafter.look())
     assert widths == [16, 32, 64, 128, 128]
     drafter.verified(128, 5)
-    assert drafter.max_width == 64
+    assert drafter.look() == 64
     for _ in range(4):
         drafter.verified(16, 0)
-    assert (drafter.max_width, MAX_WIDTH) == (MIN_WIDTH, 128)
+    assert (drafter.look(), MAX_WIDTH) == (MIN_WIDTH, 128)
 
 
 def test_only_what_the_sequence_produced_moves_the_cursor() -> None:
@@ -124,19 +126,20 @@ def test_the_nearest_of_equal_places_is_chosen() -> None:
 
 def test_an_answer_unlike_the_text_is_not_guessed_at_for_ever() -> None:
     drafter = predicted(TEXT, TEXT[:50], OTHER[:PATIENCE])
-    assert drafter.max_width > 0
+    assert drafter.look() > 0
     tokens = [*TEXT[:50], *OTHER[: PATIENCE + 1]]
     drafter.follow(tokens, 1)
-    assert drafter.max_width == 0
+    assert drafter.look() == 0
     drafter.follow([*tokens, *TEXT[300:303]], 3)
+    assert drafter.look() > 0
     assert drafter.draft(3) == tuple(TEXT[303:306])
 
 
 def test_at_the_end_of_the_text_nothing_is_proposed() -> None:
-    assert predicted(TEXT, TEXT[:-1]).max_width == 1
-    assert predicted(TEXT, TEXT).max_width == 0
-    assert predicted(TEXT, TEXT, [OTHER[0]]).max_width == 0
-    assert predicted([], [1, 2, 3, 4]).max_width == 0
+    assert predicted(TEXT, TEXT[:-1]).look() == 1
+    assert predicted(TEXT, TEXT).look() == 0
+    assert predicted(TEXT, TEXT, [OTHER[0]]).look() == 0
+    assert predicted([], [1, 2, 3, 4]).look() == 0
 
 
 def test_after_tokens_it_was_not_shown_it_finds_itself_again() -> None:
@@ -144,7 +147,7 @@ def test_after_tokens_it_was_not_shown_it_finds_itself_again() -> None:
     assert len(answer) > ONE_BY_ONE
     drafter = predicted(TEXT, answer)
     assert drafter.draft(4) == tuple(TEXT[500:504])
-    assert predicted(TEXT, OTHER[:500]).max_width == 0
+    assert predicted(TEXT, OTHER[:500]).look() == 0
 
 
 @settings(max_examples=150, deadline=None)
@@ -160,10 +163,10 @@ def test_whatever_comes_proposals_are_pieces_of_the_text(given: list[int], answe
         tokens += piece
         drafter.follow(tokens, len(piece))
         echo.follow(tokens, len(piece))
-        assert 0 <= drafter.max_width <= max(0, len(given))
-        draft = drafter.draft(min(width, drafter.max_width))
-        assert len(draft) == min(width, drafter.max_width)
+        assert 0 <= drafter.look() <= max(0, len(given))
+        draft = drafter.draft(min(width, drafter.look()))
+        assert len(draft) == min(width, drafter.look())
         assert ",".join(map(str, draft)) in ",".join(map(str, given))
-        if echo.max_width:
+        if echo.look():
             assert len(echo.draft(width)) == width and set(echo.draft(width)) <= set(tokens)
             assert echo.evidence >= 3
