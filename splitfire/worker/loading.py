@@ -20,10 +20,9 @@ from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.engine import Engine
-from splitfire.engine.models import compiled
-from splitfire.engine.models.compiled import CompiledTransformer
+from splitfire.engine.models.bodies import build, is_compiled
 from splitfire.engine.models.rope import rope_table
-from splitfire.engine.models.transformer import Transformer, Weights
+from splitfire.engine.models.transformer import Weights
 from splitfire.engine.pool import TORCH_DTYPES, KvPool
 from splitfire.engine.runner import Runner
 from splitfire.engine.scheduler import Budget
@@ -60,9 +59,10 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     max_context = settings.max_context or config.max_positions
     if max_context > config.max_positions and config.rope.rope_type != "dynamic":
         raise ConfigError(f"max_context is {max_context}, the model's positions end at {config.max_positions}")
-    is_compiled = settings.kernels == "auto" and device.type == "cpu" and compiled.fits(config)
-    dtype = _dtype(settings.dtype, config.stored_dtype, device, is_compiled=is_compiled)
-    is_compiled = is_compiled and dtype != "fp16"
+    may_compile = settings.kernels == "auto"
+    is_fast = may_compile and is_compiled(config, "", device)
+    dtype = _dtype(settings.dtype, config.stored_dtype, device, is_compiled=is_fast)
+    is_fast = is_fast and dtype != "fp16"
     layout = KvLayout(
         dtype if settings.kv_dtype == "auto" else settings.kv_dtype,
         config.num_layers,
@@ -72,7 +72,7 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     )
     num_blocks = num_blocks_of(settings.kv_memory, layout, max_context)
     # A compiled step computes in fp32 from weights of any kind: what is stored as bf16 says the same in half the memory.
-    held = config.stored_dtype if is_compiled and dtype == "fp32" and config.stored_dtype == "bf16" and not config.quant else dtype
+    held = config.stored_dtype if is_fast and dtype == "fp32" and config.stored_dtype == "bf16" and not config.quant else dtype
     options = LoadOptions(TORCH_DTYPES[held], device, settings.allow_nonfinite, settings.weights == "int8")
     num_weight_bytes = weight_bytes(config, held, options.is_int8)
     draft = plan_draft_model(settings, model, dtype, layout, num_blocks, max_context)
@@ -89,13 +89,10 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
             weight_format(config.quant, options.is_int8),
             settings.block_size,
         )
-    kernels = "compiled" if is_compiled else "torch"
+    kernels = "compiled" if is_fast else "torch"
     log.info("weights loaded", format=fingerprint.weight_format, dtype=held, bytes=num_weight_bytes, kernels=kernels)
     rope = rope_table(config.rope, config.head_dim, max_context, device)
-    transformer = (
-        CompiledTransformer(config, weights, rope, torch.get_num_threads()) if is_compiled else Transformer(config, weights, rope)
-    )
-    runner = Runner(transformer, KvPool(layout, num_blocks, device))
+    runner = Runner(build(config, weights, rope, may_compile=may_compile), KvPool(layout, num_blocks, device))
     blocks = BlockPool(num_blocks, caches_prefixes=settings.prefix_cache)
     chunk_tokens = settings.chunk_tokens or max(CHUNK_TOKENS[device.type], settings.block_size)
     speculator = make_speculator(settings, runner, draft, options)

@@ -9,14 +9,14 @@ from hashlib import sha256
 import structlog
 
 from splitfire.core.errors import ConfigError
-from splitfire.core.layout import DTYPE_BYTES, KvLayout
+from splitfire.core.layout import KvLayout
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.model_source import resolve_model
 from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
+from splitfire.engine.models.bodies import build
 from splitfire.engine.models.rope import rope_table
-from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.pool import KvPool
 from splitfire.engine.runner import Runner
 from splitfire.engine.speculation.controller import Controller
@@ -25,6 +25,7 @@ from splitfire.engine.speculation.draft_model import DraftModel
 from splitfire.engine.speculation.measure import DRAFT_SHAPES, SHAPES, measure_steps
 from splitfire.engine.speculation.modelled import Modelled
 from splitfire.engine.speculation.speculator import BatchSpeculator, Sources
+from splitfire.engine.tensors import weight_bytes
 
 log = structlog.get_logger("worker")
 MEASURE_S = 0.5  # of the start, for the cost table
@@ -42,7 +43,7 @@ class DraftPlan:
 
     @property
     def weight_bytes(self) -> int:
-        return self.model.config.num_parameters * DTYPE_BYTES[self.layout.dtype]
+        return weight_bytes(self.model.config, self.layout.dtype, is_int8=False)
 
     @property
     def pool_bytes(self) -> int:
@@ -78,7 +79,7 @@ def make_speculator(
     """None where nothing is to be speculated: off, or a worker that only computes prompts."""
     if not settings.speculates:
         return None
-    model = _load(draft, replace(options, is_int8=False), settings.max_running) if draft is not None else None
+    model = _load(draft, replace(options, is_int8=False), settings) if draft is not None else None
     clock = time.perf_counter
     points = measure_steps(runner, SHAPES, MEASURE_S, settings.max_running, clock)
     draft_points = (
@@ -95,13 +96,14 @@ def make_speculator(
     return BatchSpeculator(controller, clock, sources, Modelled(model, controller) if model is not None else None)
 
 
-def _load(draft: DraftPlan, options: LoadOptions, max_mirrors: int) -> DraftModel:
+def _load(draft: DraftPlan, options: LoadOptions, settings: WorkerSettings) -> DraftModel:
     config = draft.model.config
     weights = load_weights(draft.model, options)
     rope = rope_table(config.rope, config.head_dim, draft.max_context, options.device)
-    runner = Runner(Transformer(config, weights, rope), KvPool(draft.layout, draft.num_blocks, options.device))
+    body = build(config, weights, rope, may_compile=settings.kernels == "auto")
+    runner = Runner(body, KvPool(draft.layout, draft.num_blocks, options.device))
     log.info("draft model loaded", model=draft.model.path.name, bytes=draft.weight_bytes, pool_bytes=draft.pool_bytes)
-    return DraftModel(runner, BlockPool(draft.num_blocks, caches_prefixes=False), draft.max_context, max_mirrors)
+    return DraftModel(runner, BlockPool(draft.num_blocks, caches_prefixes=False), draft.max_context, settings.max_running)
 
 
 def _digest(model: ModelDir) -> bytes:
