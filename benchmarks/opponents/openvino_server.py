@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--cache-gib", type=int, default=1)
-    parser.add_argument("--batched-tokens", type=int, default=256)
+    parser.add_argument("--batched-tokens", type=int, default=2048)
     parser.add_argument("--precision", default="", help="INFERENCE_PRECISION_HINT: f32, bf16 or f16; its own choice when not given")
     parser.add_argument(
         "--kv-precision", default="", help="KV_CACHE_PRECISION: u8, bf16, f16 or f32; its own choice when not given"

@@ -31,7 +31,7 @@ from splitfire.worker.speculation import make_speculator, plan_draft_model
 
 log = structlog.get_logger("worker")
 # A chunk is long enough to keep the processor busy and short enough that little KV is left to ship when the prompt is done.
-# CPU: of 512 and 256, the shorter one costs 1 % of prefill and halves the gap to token 2 (benchmarks/serve.py handoff).
+# CPU: of 512 and 256, the shorter one costs 1 % of prefill and halves the gap to token 2 (python -m benchmarks.serve handoff).
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 MIN_KV_MEMORY = 128 << 20  # when nobody says how much
 
