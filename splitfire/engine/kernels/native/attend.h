@@ -73,11 +73,15 @@ struct Scratch {
     alignas(64) float products[4][LANES][LANES];
     alignas(64) float scores[MAX_ROWS][PART];
     alignas(64) float keys[MAX_HEAD_DIM][PART];    // by columns
-    alignas(64) float values[PART][MAX_HEAD_DIM];
-    alignas(64) float mixed[MAX_ROWS][MAX_HEAD_DIM];
+    alignas(64) float value_rows[PART * MAX_HEAD_DIM];
+    alignas(64) float mixed_rows[MAX_ROWS * MAX_HEAD_DIM];
     float maximum[MAX_ROWS], weight[MAX_ROWS];
     int64_t seen[MAX_ROWS];  // tokens of the part, from its first
     Part key_part[2], value_part;
+    int64_t head_dim;  // floats from one row to the next: a wider stride would press them into a few places of the cache
+
+    float* values(int64_t i) { return value_rows + i * head_dim; }
+    float* mixed(int64_t row) { return mixed_rows + row * head_dim; }
 };
 
 // One row's state over the parts so far.
@@ -87,9 +91,9 @@ struct Merged {
 };
 
 INLINE void merge(const Merged& into, float maximum, float weight, const float* mixed, int64_t head_dim, float& next_maximum, float& next_weight) {
-    const float top = std::max(into.maximum, maximum);
-    // A NaN on either side must stay one, whatever std::max makes of it.
-    const float keep = exponential(into.maximum - top), take = exponential(maximum - top);
+    const float top = std::max(into.maximum, maximum);  // a NaN of the part is in its weight already
+    const float keep = into.maximum == top ? 1.0f : exponential(into.maximum - top);
+    const float take = maximum == top ? 1.0f : exponential(maximum - top);
     next_maximum = top;
     next_weight = into.weight * keep + weight * take;
     for (int64_t d = 0; d < head_dim; d += LANES) {
@@ -177,7 +181,7 @@ template <Kv FORMAT> void turn_part(const Part& keys, const Part& values, int64_
         }
     }
     for (int64_t i = 0; i < values.count; ++i) {
-        for (int64_t at = 0; at < head_dim; at += LANES) store(&scratch.values[i][at], widen<FORMAT>(values.vectors[i] + at * KV_BYTES<FORMAT>));
+        for (int64_t at = 0; at < head_dim; at += LANES) store(scratch.values(i) + at, widen<FORMAT>(values.vectors[i] + at * KV_BYTES<FORMAT>));
     }
 }
 
@@ -231,7 +235,7 @@ void score_by_columns(const float* const* queries, int64_t rows, int64_t head_di
 // ---- Scores into weights, and weighted values
 
 // Row's scores of tokens [low, high) of the part become e^(score - maximum), the others 0; its maximum and sum are kept.
-INLINE void weigh(int64_t row, int64_t low, int64_t high, int64_t count, float scale, const Part& keys, bool has_scales, Scratch& scratch) {
+INLINE void weigh(int64_t row, int64_t low, int64_t high, int64_t count, const Part& keys, bool has_scales, Scratch& scratch) {
     float* scores = scratch.scores[row];
     const int64_t groups = (count + LANES - 1) / LANES;
     const auto mask = [&](int64_t group) {
@@ -240,9 +244,11 @@ INLINE void weigh(int64_t row, int64_t low, int64_t high, int64_t count, float s
     };
     Floats top = splat(-INFINITY);
     for (int64_t group = 0; group < groups; ++group) {
-        Floats x = _mm512_mul_ps(load(scores + group * LANES), splat(scale));
-        if (has_scales) x = _mm512_mul_ps(x, load(keys.scales + group * LANES));
-        store(scores + group * LANES, x);
+        Floats x = load(scores + group * LANES);
+        if (has_scales) {
+            x = _mm512_mul_ps(x, load(keys.scales + group * LANES));
+            store(scores + group * LANES, x);
+        }
         top = _mm512_mask_max_ps(top, mask(group), top, x);
     }
     const float maximum = largest(top);
@@ -264,7 +270,7 @@ INLINE void mix_tile(int64_t first, int64_t at, const Part& values, bool is_turn
     for (int row = 0; row < ROWS; ++row) for (int j = 0; j < CHUNK; ++j) sum[row][j] = _mm512_setzero_ps();
     const auto read = [&](int64_t i) __attribute__((always_inline)) {
         for (int j = 0; j < CHUNK; ++j) {
-            value[j] = is_turned ? load(&scratch.values[i][at + j * LANES]) : widen<FORMAT>(values.vectors[i] + (at + j * LANES) * KV_BYTES<FORMAT>);
+            value[j] = is_turned ? load(scratch.values(i) + at + j * LANES) : widen<FORMAT>(values.vectors[i] + (at + j * LANES) * KV_BYTES<FORMAT>);
         }
     };
     const int64_t common = scratch.seen[first];  // later rows see as much or more
@@ -284,7 +290,7 @@ INLINE void mix_tile(int64_t first, int64_t at, const Part& values, bool is_turn
             for (int j = 0; j < CHUNK; ++j) sum[row][j] = fma(splat(scratch.scores[first + row][i]), value[j], sum[row][j]);
         }
     }
-    for (int row = 0; row < ROWS; ++row) for (int j = 0; j < CHUNK; ++j) store(&scratch.mixed[first + row][at + j * LANES], sum[row][j]);
+    for (int row = 0; row < ROWS; ++row) for (int j = 0; j < CHUNK; ++j) store(scratch.mixed(first + row) + at + j * LANES, sum[row][j]);
 }
 
 template <Kv FORMAT, int CHUNK> INLINE void mix_rows(int64_t rows, int64_t at, const Part& values, bool is_turned, Scratch& scratch, const Part& next) {
@@ -323,9 +329,8 @@ struct Attention {
     int64_t context;           // tokens of the sequence that have KV after this step
     int64_t first_position;    // of the first row's token
     int64_t window;            // tokens that a token sees at most
-    float scale;
     int64_t rows;
-    const float* queries[MAX_ROWS];
+    const float* queries[MAX_ROWS];  // scaled
 
     int64_t position(int64_t row) const { return first_position + row / group; }
     int64_t low(int64_t row) const { return std::max<int64_t>(0, position(row) - window + 1); }
@@ -345,7 +350,7 @@ template <Kv FORMAT> void attend_part(const Attention& task, int64_t part, const
         score_by_lanes<FORMAT>(task.queries, task.rows, head_dim, keys, scratch, values);
     }
     for (int64_t row = 0; row < task.rows; ++row) {
-        weigh(row, task.low(row) - begin, task.position(row) + 1 - begin, keys.count, task.scale, keys, has_scales, scratch);
+        weigh(row, task.low(row) - begin, task.position(row) + 1 - begin, keys.count, keys, has_scales, scratch);
     }
     mix<FORMAT>(task.rows, head_dim, values, is_turned, scratch, next_keys);
 }

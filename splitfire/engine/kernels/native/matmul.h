@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t PANEL = 32;      // columns
 constexpr int64_t MAX_TILE = 12;   // rows; 24 registers of sums, four of weights and some of activations
-constexpr int64_t ROW_BLOCK = 120;  // rows that are multiplied with a panel while it is near; their activations fit the second cache
+constexpr int64_t ROW_BLOCK = 132;  // rows that are multiplied with a panel while it is near; their activations fit the second cache
 constexpr int64_t ROW_PADDING = 16;  // floats between rows, so that they do not fall into the same places of the cache
 
 enum class Weight : int64_t { BF16, FP32, INT8 };

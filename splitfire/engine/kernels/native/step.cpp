@@ -339,7 +339,12 @@ private:
             rotate(x, cos, sin, dim / 2);
             if (pool_->is_quantised()) hadamard(x, dim, run);
         };
-        for (int64_t i = head * group(); i < (head + 1) * group(); ++i) turn(row + i * dim, layer.q_norm);
+        const Floats scale = splat(1.0f / std::sqrt(float(dim)));  // of the scores
+        for (int64_t i = head * group(); i < (head + 1) * group(); ++i) {
+            float* query = row + i * dim;
+            turn(query, layer.q_norm);
+            for (int64_t d = 0; d < dim; d += LANES) store(query + d, _mm512_mul_ps(load(query + d), scale));
+        }
         float* key = row + (m.num_heads + head) * dim;
         turn(key, layer.k_norm);
         const int64_t position = step_->positions[token], at = position % pool_->block_size;
@@ -361,7 +366,7 @@ private:
         const Span span(*step_, task.span);
         const int64_t dim = pool_->head_dim;
         Attention out{*pool_, span.table, index, task.head, group(), span.context - (span.end - task.end),
-                      span.context - (span.end - task.begin), layer.window, 1.0f / std::sqrt(float(dim)), (task.end - task.begin) * group(), {}};
+                      span.context - (span.end - task.begin), layer.window, (task.end - task.begin) * group(), {}};
         for (int64_t row = 0; row < out.rows; ++row) {
             out.queries[row] = qkv_.row(task.begin + row / group()) + (task.head * group() + row % group()) * dim;
         }
@@ -384,6 +389,7 @@ private:
 
     template <Kv FORMAT> void attend_as(const Attention& attention, const Task& task, Scratch& scratch) {
         const int64_t dim = pool_->head_dim, first = std::max(task.first_part, attention.low(0) / PART);
+        scratch.head_dim = dim;
         if (task.partial >= 0) {
             for (int64_t part = task.first_part; part < std::min(first, task.end_part); ++part) {
                 for (int64_t row = 0; row < attention.rows; ++row) partial(task, part, attention.rows, row)[0] = -INFINITY;
@@ -392,7 +398,7 @@ private:
                 for (int64_t row = 0; row < attention.rows; ++row) {
                     float* to = partial(task, part, attention.rows, row);
                     to[0] = scratch.maximum[row], to[1] = scratch.weight[row];
-                    std::memcpy(to + 2, scratch.mixed[row], size_t(dim) * sizeof(float));
+                    std::memcpy(to + 2, scratch.mixed(row), size_t(dim) * sizeof(float));
                 }
             });
             return;
@@ -401,7 +407,7 @@ private:
         std::fill(maximum, maximum + attention.rows, -INFINITY);
         attend_parts<FORMAT>(attention, first, task.end_part, scratch, [&](int64_t) {
             for (int64_t row = 0; row < attention.rows; ++row) {
-                take(result(task, row), scratch.maximum[row], scratch.weight[row], scratch.mixed[row], maximum[row], weight[row]);
+                take(result(task, row), scratch.maximum[row], scratch.weight[row], scratch.mixed(row), maximum[row], weight[row]);
             }
         });
         for (int64_t row = 0; row < attention.rows; ++row) divide_by(result(task, row), weight[row]);
