@@ -6,63 +6,34 @@ bounded work and happens here.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import os
-import signal
-import struct
-import sys
 from collections.abc import Sequence
-from typing import Any
 
-import structlog
 from tokenizers import Tokenizer
 
+from router.processes import Answer, Busy, Died, ProcessPool
 from splitfire.core import limits
-from splitfire.core.errors import ConfigError, Exhausted, Internal, InvalidInput, ModelError
+from splitfire.core.errors import Exhausted, Internal, InvalidInput
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.validation import ChatTurn
 
-log = structlog.get_logger("router")
 NUM_PROCESSES = 2
-START_TIMEOUT_S = 30.0
-RESTART_S = 1.0  # between tries to start one
-MAX_ANSWER_BYTES = 64 << 20
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 4  # bytes in UTF-8; a token has at least one
 MAX_UNFINISHED = 8  # ids that may wait for the rest of a character
 
 
 class TextPool:
-    """Tokenizes with a time limit. A process that overruns it, or whose caller went away, is killed and replaced."""
+    """Tokenizes with a time limit, in processes of its own."""
 
     def __init__(self, model: ModelDir) -> None:
-        self._model = model
-        self._processes: set[_Process] = set()  # all that run, whoever has them
-        self._idle: asyncio.Queue[_Process] = asyncio.Queue(maxsize=NUM_PROCESSES)
-        self._replacing: set[asyncio.Task[None]] = set()
-        self._is_closed = False
+        self._pool = ProcessPool("router.text_worker", model.path, "tokenizer.json or chat_template", NUM_PROCESSES)
 
     async def start(self) -> None:
         """ModelError when the tokenizer or the chat template cannot be used."""
-        started = await asyncio.gather(*(_Process.start(self._model) for _ in range(NUM_PROCESSES)), return_exceptions=True)
-        for process in started:
-            if isinstance(process, _Process):
-                self._add(process)
-        for failure in started:
-            if isinstance(failure, BaseException):
-                await self.close()
-                raise failure
+        await self._pool.start()
 
     async def close(self) -> None:
-        """Ends every process, also one that is asked something just now."""
-        self._is_closed = True
-        for task in self._replacing:
-            task.cancel()
-        await asyncio.gather(*self._replacing, return_exceptions=True)
-        for process in self._processes:
-            await process.kill()
+        await self._pool.close()
 
     async def encode(self, text: str) -> list[int]:
         return await self._ask({"text": text}, "text")
@@ -75,125 +46,23 @@ class TextPool:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         return await self._ask({"messages": turns}, "messages")
 
-    async def _ask(self, question: dict[str, Any], field: str) -> list[int]:
-        process = await self._take()
-        is_sound = False
+    async def _ask(self, question: Answer, field: str) -> list[int]:
         try:
-            async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
-                answer = await process.ask(question)
-            is_sound = True
+            answer = await self._pool.ask(question, limits.TOKENIZE_TIMEOUT_S)
         except TimeoutError as exc:
             message = f"could not be tokenized within {limits.TOKENIZE_TIMEOUT_S:g} s; shorten it"
             raise InvalidInput(field, message, reason="tokenization_timeout") from exc
-        except (OSError, EOFError, ValueError) as exc:
+        except Died as exc:
             raise InvalidInput(
                 field, "cannot be tokenized: its tokenizer process died; shorten it", reason="tokenization_failed"
             ) from exc
-        finally:
-            if is_sound:
-                self._idle.put_nowait(process)
-            else:  # also when cancelled half way: the answer to come belongs to nobody
-                self._replace(process)
+        except Busy as exc:
+            raise Exhausted("all tokenizer processes are busy", reason="queue_full", retry_after_s=1.0) from exc
         if "bad" in answer:
             raise InvalidInput(field, str(answer["bad"]))
         if "failed" in answer:
             raise Internal(f"tokenizer failed: {answer['failed']}")
         return list(answer["ids"])
-
-    async def _take(self) -> _Process:
-        """The next process that lives; one that died while it was idle did so of nobody's question."""
-        try:
-            async with asyncio.timeout(limits.TOKENIZE_TIMEOUT_S):
-                while True:
-                    process = await self._idle.get()
-                    if not process.is_dead:
-                        return process
-                    self._replace(process)
-        except TimeoutError as exc:
-            raise Exhausted("all tokenizer processes are busy", reason="queue_full", retry_after_s=1.0) from exc
-
-    def _replace(self, process: _Process) -> None:
-        """Ends `process` and starts another, for as long as it takes."""
-        if self._is_closed:
-            return
-
-        async def replace() -> None:
-            await process.kill()
-            self._processes.discard(process)
-            while True:
-                try:
-                    self._add(await _Process.start(self._model))
-                except (ConfigError, OSError, ValueError):
-                    log.exception("tokenizer process does not start")
-                    await asyncio.sleep(RESTART_S)
-                else:
-                    return
-
-        task = asyncio.create_task(replace(), name="replace-text-process")
-        self._replacing.add(task)
-        task.add_done_callback(self._replacing.discard)
-
-    def _add(self, process: _Process) -> None:
-        self._processes.add(process)
-        self._idle.put_nowait(process)
-
-
-class _Process:
-    """One text_worker; one question at a time."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-
-    @staticmethod
-    async def start(model: ModelDir) -> _Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "router.text_worker", str(model.path), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )  # fmt: skip
-        worker = _Process(process)
-        try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                answer = await worker._read()
-        except (TimeoutError, EOFError) as exc:
-            await worker.kill()
-            raise ModelError("tokenizer.json or chat_template: loading it does not end, or needs too much memory") from exc
-        except BaseException:  # whatever it was, and whoever does not want it any more: no process stays behind
-            await worker.kill()
-            raise
-        if "refused" in answer:
-            await worker.kill()
-            raise ModelError(str(answer["refused"]))
-        return worker
-
-    @property
-    def is_dead(self) -> bool:
-        """Asked of the kernel: the event loop hears of it later."""
-        try:
-            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # and has been collected
-            return True
-
-    async def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        stdin = self._process.stdin
-        assert stdin is not None
-        body = json.dumps(question).encode()
-        stdin.write(struct.pack("<I", len(body)) + body)
-        await stdin.drain()
-        return await self._read()
-
-    async def kill(self) -> None:
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
-
-    async def _read(self) -> dict[str, Any]:
-        stdout = self._process.stdout
-        assert stdout is not None
-        (length,) = struct.unpack("<I", await stdout.readexactly(4))
-        if length > MAX_ANSWER_BYTES:
-            raise ValueError(f"answer of {length} bytes")
-        return json.loads(await stdout.readexactly(length))  # type: ignore[no-any-return]
 
 
 class TextStream:

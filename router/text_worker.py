@@ -1,23 +1,20 @@
 """A process of the router's text pool: tokenizes, renders chat templates. Killed when it takes too long.
 
-Started as `python -m router.text_worker MODEL_DIR`; speaks length-prefixed JSON on stdin and stdout, one answer a
-question. Whatever a prompt or a template does, it does here: memory is limited, time is the parent's to limit.
+Started as `python -m router.text_worker MODEL_DIR` by processes.py. Whatever a prompt or a template does, it does here.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
-import struct
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import jinja2
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from router.answering import Answer, serve
 from splitfire.core.errors import ModelError, one_line
 from splitfire.core.limits import MAX_RENDERED_CHARS
 from splitfire.core.model_dir import ModelDir
@@ -161,20 +158,12 @@ def _split(text: str, originals: dict[str, str]) -> list[tuple[str, bool]]:
     return pieces
 
 
-def read_message(stream: BinaryIO) -> dict[str, Any] | None:
-    prefix = stream.read(4)
-    if len(prefix) < 4:
-        return None
-    return json.loads(stream.read(struct.unpack("<I", prefix)[0]))  # type: ignore[no-any-return]
+def load(path: Path) -> Callable[[Answer], Answer]:
+    engine = TextEngine(ModelDir(path))
+    return lambda question: _answer(engine, question)
 
 
-def write_message(stream: BinaryIO, message: dict[str, Any]) -> None:
-    body = json.dumps(message).encode()
-    stream.write(struct.pack("<I", len(body)) + body)
-    stream.flush()
-
-
-def _answer(engine: TextEngine, question: dict[str, Any]) -> dict[str, Any]:
+def _answer(engine: TextEngine, question: Answer) -> Answer:
     try:
         if "text" in question:
             return {"ids": engine.encode(question["text"])}
@@ -187,19 +176,5 @@ def _answer(engine: TextEngine, question: dict[str, Any]) -> dict[str, Any]:
         return {"failed": type(exc).__name__}
 
 
-def main() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
-    try:
-        engine = TextEngine(ModelDir(Path(sys.argv[1])))
-    except (ModelError, MemoryError, RecursionError) as exc:
-        write_message(stdout, {"refused": str(exc) or type(exc).__name__})
-        return
-    write_message(stdout, {"ready": True})
-    while (question := read_message(stdin)) is not None:
-        write_message(stdout, _answer(engine, question))
-
-
 if __name__ == "__main__":
-    main()
+    serve(load, MAX_MEMORY_BYTES)

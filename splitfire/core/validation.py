@@ -17,6 +17,7 @@ from splitfire.core import limits
 from splitfire.core.errors import ExceedsContext, ExceedsPool, Forbidden, InvalidInput, NotFound, Unsupported
 from splitfire.core.model_config import GenerationDefaults
 from splitfire.core.ranges import check_sampling, check_token_ids, require
+from splitfire.core.response_format import ResponseFormat, read_response_format
 from splitfire.core.sampling import SamplingParams, StopParams, TokenBias
 from splitfire.v1 import inference_pb2 as pb
 
@@ -67,6 +68,7 @@ class ValidRequest:
     sampling: SamplingParams
     has_seed: bool
     stopping: StopRequest
+    response_format: ResponseFormat | None
     n: int
     priority: int
     session_id: str
@@ -93,6 +95,7 @@ def check_request(request: pb.GenerateRequest, model: ModelLimits) -> ValidReque
         sampling=_read_sampling(request.sampling, model),
         has_seed=request.sampling.HasField("seed"),
         stopping=_read_stopping(request.stopping, model),
+        response_format=read_response_format(request.response_format),
         n=n,
         priority=_priority(request.priority),
         session_id=request.session_id,
@@ -193,9 +196,6 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
 def _refuse_unsupported(request: pb.GenerateRequest) -> None:
     if request.adapter:
         raise Unsupported("adapter", "adapters are not supported by this version; leave it empty")
-    plain = (pb.ResponseFormat.TYPE_UNSPECIFIED, pb.ResponseFormat.TYPE_TEXT)
-    if request.response_format.type not in plain or request.response_format.json_schema:
-        raise Unsupported("response_format", "structured output is not supported by this version; use TYPE_TEXT")
 
 
 def _check_prompt(

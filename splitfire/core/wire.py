@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.layout import KvLayout
+from splitfire.core.response_format import OutputGrammar
 from splitfire.core.sampling import SamplingParams, StopParams, TokenBias
 from splitfire.v1 import fleet_pb2 as pb
 
@@ -35,6 +36,14 @@ def stopping_to_wire(stopping: StopParams) -> pb.ResolvedStopping:
 
 def stopping_from_wire(wire: pb.ResolvedStopping) -> StopParams:
     return StopParams(wire.max_tokens, wire.min_tokens, frozenset(wire.stop_token_ids))
+
+
+def grammar_to_wire(grammar: OutputGrammar) -> pb.OutputGrammar:
+    return pb.OutputGrammar(type=grammar.kind, text=grammar.text)
+
+
+def grammar_from_wire(wire: pb.OutputGrammar) -> OutputGrammar:
+    return OutputGrammar(wire.type, wire.text)
 
 
 def fingerprint_to_wire(fingerprint: Fingerprint) -> pb.ModelFingerprint:

@@ -416,6 +416,7 @@ class Submit(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PREDICTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """unique on this stream; fences late output"""
     request_id: _builtins.str
@@ -447,6 +448,10 @@ class Submit(_message.Message):
     def predicted_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """what the output will resemble; only for who generates"""
 
+    @_builtins.property
+    def grammar(self) -> Global___OutputGrammar:
+        """not set: any output"""
+
     def __init__(
         self,
         *,
@@ -464,14 +469,40 @@ class Submit(_message.Message):
         traceparent: _builtins.str = ...,
         cache_salt: _builtins.bytes = ...,
         predicted_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        grammar: Global___OutputGrammar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "handoff", b"handoff", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "cache_salt", b"cache_salt", "choice", b"choice", "handoff", b"handoff", "output_token_ids", b"output_token_ids", "part", b"part", "predicted_token_ids", b"predicted_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "cache_salt", b"cache_salt", "choice", b"choice", "grammar", b"grammar", "handoff", b"handoff", "output_token_ids", b"output_token_ids", "part", b"part", "predicted_token_ids", b"predicted_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class OutputGrammar(_message.Message):
+    """What the output must match, in llguidance's own notation: made by the router of the client's ResponseFormat, and tried there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    type: _inference_pb2.ResponseFormat.Type.ValueType
+    """what it was made of"""
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        type: _inference_pb2.ResponseFormat.Type.ValueType = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputGrammar: _TypeAlias = OutputGrammar  # noqa: Y015
 
 @_typing.final
 class Handoff(_message.Message):

@@ -57,7 +57,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """this choice goes on"""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """end-of-sequence token, stop token or stop string"""
+    """end-of-sequence token, stop token, stop string, or nothing may follow in the response format"""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens"""
 
@@ -66,7 +66,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """this choice goes on"""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""end-of-sequence token, stop token or stop string"""
+"""end-of-sequence token, stop token, stop string, or nothing may follow in the response format"""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -156,7 +156,7 @@ class GenerateRequest(_message.Message):
     def stopping(self) -> Global___StoppingParams: ...
     @_builtins.property
     def response_format(self) -> Global___ResponseFormat:
-        """not built yet, except TYPE_TEXT: UNIMPLEMENTED"""
+        """what the output must match; not set: any text"""
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -381,6 +381,10 @@ Global___StoppingParams: _TypeAlias = StoppingParams  # noqa: Y015
 
 @_typing.final
 class ResponseFormat(_message.Message):
+    """The whole output of each choice matches it, unless max_tokens or a stop string cuts it short. Of the three texts the one
+    that belongs to the type is set, of at most 65536 characters; what cannot be kept to is refused, never ignored.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     class _Type:
@@ -390,29 +394,48 @@ class ResponseFormat(_message.Message):
     class _TypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ResponseFormat._Type.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         TYPE_UNSPECIFIED: ResponseFormat._Type.ValueType  # 0
+        """TYPE_TEXT"""
         TYPE_TEXT: ResponseFormat._Type.ValueType  # 1
+        """anything"""
         TYPE_JSON_OBJECT: ResponseFormat._Type.ValueType  # 2
+        """any JSON object"""
         TYPE_JSON_SCHEMA: ResponseFormat._Type.ValueType  # 3
+        TYPE_REGEX: ResponseFormat._Type.ValueType  # 4
+        TYPE_GRAMMAR: ResponseFormat._Type.ValueType  # 5
 
     class Type(_Type, metaclass=_TypeEnumTypeWrapper): ...
     TYPE_UNSPECIFIED: ResponseFormat.Type.ValueType  # 0
+    """TYPE_TEXT"""
     TYPE_TEXT: ResponseFormat.Type.ValueType  # 1
+    """anything"""
     TYPE_JSON_OBJECT: ResponseFormat.Type.ValueType  # 2
+    """any JSON object"""
     TYPE_JSON_SCHEMA: ResponseFormat.Type.ValueType  # 3
+    TYPE_REGEX: ResponseFormat.Type.ValueType  # 4
+    TYPE_GRAMMAR: ResponseFormat.Type.ValueType  # 5
 
     TYPE_FIELD_NUMBER: _builtins.int
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
     type: Global___ResponseFormat.Type.ValueType
     json_schema: _builtins.str
+    """JSON Schema 2020-12 or draft 7, in JSON"""
+    regex: _builtins.str
+    """in the syntax of Rust's regex crate, for the output from its first to its last character"""
+    grammar: _builtins.str
+    """GBNF (EBNF as llama.cpp has it); the output is what the rule `root` derives"""
     def __init__(
         self,
         *,
         type: Global___ResponseFormat.Type.ValueType = ...,
         json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        grammar: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["json_schema", b"json_schema", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "json_schema", b"json_schema", "regex", b"regex", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from router import text as text_module
+from router import processes
 from router.text import TextPool, TextStream
 from router.text_worker import BadInput, TextEngine
 from splitfire.core import limits
@@ -154,7 +154,7 @@ def test_a_tokenizer_process_that_dies_is_replaced_and_nobody_notices() -> None:
         await pool.start()
         expected = await pool.encode("hello")
         for _ in range(2):
-            victim = pool._idle._queue[0]  # type: ignore[attr-defined]
+            victim = pool._pool._idle._queue[0]  # type: ignore[attr-defined]
             os.kill(victim._process.pid, signal.SIGKILL)
             for _ in range(1000):
                 if victim.is_dead:
@@ -264,7 +264,7 @@ def test_what_takes_too_long_is_ended_and_does_not_hold_up_others(model: Path, m
 
 
 def test_a_template_that_never_ends_is_found_at_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "START_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(processes, "START_TIMEOUT_S", 2.0)
 
     async def scene() -> None:
         with pytest.raises(ModelError, match="does not end"):
