@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from splitfire.core.lifecycle import REQUEST, Req, ReqEvent, advance
+from splitfire.core.response_format import OutputGrammar
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.v1 import fleet_pb2, inference_pb2
 
@@ -29,6 +30,7 @@ class RequestPlan:
     accepted_at: float
     deadline: float  # both on this process's monotonic clock
     predicted: tuple[int, ...] = ()  # what the answer will resemble, if the client said
+    grammar: OutputGrammar | None = None  # what the output must match
 
 
 @dataclass(slots=True)

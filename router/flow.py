@@ -23,7 +23,7 @@ from splitfire.core.errors import DeadlineExceeded, Exhausted, SplitfireError, U
 from splitfire.core.hashing import chain_root, hash_blocks
 from splitfire.core.lifecycle import ReqEvent
 from splitfire.core.telemetry import Telemetry
-from splitfire.core.wire import sampling_to_wire, stopping_to_wire
+from splitfire.core.wire import grammar_to_wire, sampling_to_wire, stopping_to_wire
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 log = structlog.get_logger("router")
@@ -247,6 +247,7 @@ class Flow:
             priority=plan.priority,  # type: ignore[arg-type]
             block_hashes=hash_blocks(root, (*plan.prompt, *ids), fingerprint.block_size),
             traceparent=plan.traceparent,
+            grammar=grammar_to_wire(plan.grammar) if plan.grammar is not None else None,
         )
 
     def _remember(self, session_id: str, placement: Placement) -> None:

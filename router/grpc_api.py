@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from router.choice import Choice, RequestPlan
 from router.fleet import Fleet
 from router.flow import Flow
+from router.formats import FormatPool
 from router.status import abort, unexpected
 from router.stream import ChoiceStream, summary_of
 from router.text import TextPool, TextStream
@@ -58,6 +59,7 @@ class ServedModel:
     limits: Callable[[], ModelLimits]
     tokenizer: Tokenizer
     text: TextPool
+    formats: FormatPool
 
 
 class InferenceApi:
@@ -186,6 +188,7 @@ class InferenceApi:
         if valid.predicted_output:
             predicted = tuple(await self._model.text.encode_continuation(valid.predicted_output, "predicted_output"))
             check_predicted(len(predicted), model.context_length)
+        grammar = await self._model.formats.compile(valid.response_format) if valid.response_format is not None else None
         sampling = valid.sampling
         if not valid.has_seed:
             sampling = replace(sampling, seed=secrets.randbelow(limits.MAX_SEED))
@@ -194,6 +197,7 @@ class InferenceApi:
             prompt=prompt,
             sampling=sampling,
             stopping=stopping,
+            grammar=grammar,
             priority=valid.priority,
             session_id=valid.session_id,
             traceparent=trace.traceparent,

@@ -52,7 +52,7 @@ class ProcessPool:
         started = await asyncio.gather(*(self._start() for _ in range(self._count)), return_exceptions=True)
         for process in started:
             if isinstance(process, Process):
-                self._add(process)
+                self._idle.put_nowait(process)
         for failure in started:
             if isinstance(failure, BaseException):
                 await self.close()
@@ -64,7 +64,7 @@ class ProcessPool:
         for task in self._replacing:
             task.cancel()
         await asyncio.gather(*self._replacing, return_exceptions=True)
-        for process in self._processes:
+        for process in list(self._processes):
             await process.kill()
 
     async def ask(self, question: Answer, timeout_s: float) -> Answer:
@@ -108,7 +108,7 @@ class ProcessPool:
             self._processes.discard(process)
             while True:
                 try:
-                    self._add(await self._start())
+                    self._idle.put_nowait(await self._start())
                 except (ConfigError, OSError, ValueError):
                     log.exception("process does not start", loads=self._loads)
                     await asyncio.sleep(RESTART_S)
@@ -119,27 +119,23 @@ class ProcessPool:
         self._replacing.add(task)
         task.add_done_callback(self._replacing.discard)
 
-    def _add(self, process: Process) -> None:
-        self._processes.add(process)
-        self._idle.put_nowait(process)
-
     async def _start(self) -> Process:
         started = await asyncio.create_subprocess_exec(
             *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
         )
         process = Process(started)
+        self._processes.add(process)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 answer = await process.read()
-        except (TimeoutError, EOFError) as exc:
+            if "refused" in answer:
+                raise ModelError(str(answer["refused"]))
+        except BaseException as exc:  # whatever it was, and whoever does not want it any more: no process stays behind
             await process.kill()
-            raise ModelError(f"{self._loads}: loading it does not end, or needs too much memory") from exc
-        except BaseException:  # whatever it was, and whoever does not want it any more: no process stays behind
-            await process.kill()
+            self._processes.discard(process)
+            if isinstance(exc, TimeoutError | EOFError):
+                raise ModelError(f"{self._loads}: loading it does not end, or needs too much memory") from exc
             raise
-        if "refused" in answer:
-            await process.kill()
-            raise ModelError(str(answer["refused"]))
         return process
 
 

@@ -21,6 +21,7 @@ from router.admission import Admission, AdmissionLimits
 from router.fleet import Fleet
 from router.fleet_api import FleetService
 from router.flow import Flow
+from router.formats import FormatPool
 from router.grpc_api import SERVICE, InferenceApi, ServedModel
 from router.placement import Placement, missing_role
 from router.text import TextPool
@@ -67,6 +68,7 @@ class RouterServer:
         self.settings = settings
         self.telemetry = Telemetry("splitfire-router", settings.trace_file)
         self._text = TextPool(model)
+        self._formats = FormatPool(model)
         self._fleet = Fleet(model, self._on_change)
         admission_limits = AdmissionLimits(settings.max_requests, settings.max_queued, limits.MAX_QUEUED_BYTES, limits.QUEUE_TTL_S)
         self._admission: Admission[Placement] = Admission(admission_limits, time.monotonic)
@@ -94,7 +96,7 @@ class RouterServer:
         settings = self.settings
         token = read_secret(settings.fleet_token_file) if settings.fleet_token_file else None
         await self._text.start()
-        served = ServedModel(self._limits, Tokenizer.from_file(str(self._model.tokenizer_path)), self._text)
+        served = ServedModel(self._limits, Tokenizer.from_file(str(self._model.tokenizer_path)), self._text, self._formats)
         self._api = InferenceApi(served, self._fleet, self._flow, self.telemetry, self._worker_ports)
         self._public.add_generic_rpc_handlers((self._api.handlers(),))
         add_HealthServicer_to_server(self._health, self._public)
@@ -137,6 +139,7 @@ class RouterServer:
                 await self._public.stop(0.5)
                 await self._private.stop(0.5)
                 await self._text.close()
+                await self._formats.close()
         self.telemetry.shutdown()
         return 0
 

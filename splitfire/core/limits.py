@@ -42,14 +42,13 @@ MAX_GRAMMAR_CHARS = 8 * MAX_FORMAT_CHARS  # of what the router makes of it
 FORMAT_TIMEOUT_S = 2.0
 MAX_FORMAT_MEMORY_BYTES = 1 << 30  # address space of the process
 FORMAT_CACHE_BYTES = 16 * MIB  # in the router: text in, text out
-GRAMMAR_CACHE_BYTES = 64 * MIB  # in a worker: grammars ready to be matched
 MAX_GRAMMAR_SYMBOLS = 100_000
 MAX_GRAMMAR_FUEL = 1_000_000  # to begin with: about 20 ms
 MAX_STEP_FUEL = 200_000  # for the regular expressions of one token: about 15 ms
 MAX_STEP_ITEMS = 50_000  # for the rules of one token
 MAX_ROW_ITEMS = 500  # ways to read the output so far; a step's time grows with their cube in the worst grammars: about 25 ms
 MAX_ROW_ITEMS_JSON = 2000  # a schema's rules are many, but not ambiguous; four for each optional property
-MAX_LEXER_STATES = 20_000  # of up to 2 kB
+MAX_LEXER_STATES = 20_000  # of about 1 kB, for each sequence
 MAX_MASK_S = 0.1  # processor time for one token, if all of these were not enough
 
 # Router queues.

@@ -83,8 +83,8 @@ def _check_schema(text: str) -> None:
         raise InvalidInput(field, f"is nested deeper than {most}") from None
     except ValueError as exc:
         raise InvalidInput(field, f"is not JSON: {exc}") from None
-    if not isinstance(schema, dict | bool):
-        raise InvalidInput(field, "is neither an object nor true or false")
+    if not isinstance(schema, dict):
+        raise InvalidInput(field, "is not an object")
     level: list[Any] = [schema]
     for _ in range(most):
         level = [inner for outer in level if isinstance(outer, dict | list) for inner in _members(outer)]

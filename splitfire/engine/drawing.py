@@ -1,7 +1,7 @@
 """From logits to tokens: the next one of each sequence, and which drafts were right. Engine thread only.
 
-A draft is accepted when it equals the token drawn before it, so a row counts only if all drafts up to it were. One exception
-boundary a sequence: what cannot be sampled fails alone.
+A draft is accepted when it equals the token drawn before it, so a row counts only if all drafts up to it were. A sequence's
+grammar follows its tokens as they are drawn. One exception boundary a sequence: what cannot be sampled fails alone.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from splitfire.engine.constraint import ConstraintFailed, allowed
 from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
 from splitfire.engine.lanes import Ints
 from splitfire.engine.logits import Logits
 from splitfire.engine.scheduler import Slice, Step, newest
+from splitfire.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class Drawn:
 
     tokens: tuple[SampledToken, ...]
     error: str = ""
+    is_over: bool = False  # its grammar lets nothing follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class StepTokens:
     """What a step came to. Most sequences that decode get a token and nothing with it."""
 
     token_ids: Ints  # [len(step.decoding)]; means nothing for those in `others`
-    others: Mapping[int, Drawn]  # by index in step.decoding: with log-probabilities, or failed
+    others: Mapping[int, Drawn]  # by index in step.decoding: with log-probabilities, at the end of its grammar, or failed
     slices: Mapping[int, Drawn]  # by index in step.slices, of those that reach their sequence's end
 
     @classmethod
@@ -65,13 +69,19 @@ def _draw_decoding(rows: Logits, step: Step) -> tuple[Ints, dict[int, Drawn]]:
         return token_ids, {}
     others = {i: Drawn((), "nonfinite_logits") for i in (~is_finite).nonzero()[0].tolist()}
     asked = (is_finite & ~is_plain).nonzero()[0]
-    pieces = [newest(sequence) for sequence in columns.at(lanes[asked])]
-    tokens = _sample_each(rows.values[asked], [_row(piece, 0) for piece in pieces])
-    for i, token in zip(asked.tolist(), tokens, strict=True):
-        if token is not None and token.logprob is None:
+    wanted: dict[int, SampleRow] = {}
+    sequences = dict(zip(asked.tolist(), columns.at(lanes[asked]), strict=True))
+    for i, sequence in sequences.items():
+        try:
+            wanted[i] = _row(newest(sequence), 0)
+        except ConstraintFailed as exc:
+            others[i] = Drawn((), exc.reason)
+    for i, token in zip(wanted, _sample_each(rows.values[[*wanted]], [*wanted.values()]), strict=True):
+        is_over = token is not None and _is_over_after(sequences[i], token)
+        if token is not None and token.logprob is None and not is_over:
             token_ids[i] = token.token_id
         else:
-            others[i] = _drawn(token)
+            others[i] = Drawn((token,), is_over=is_over) if token is not None else Drawn((), "sampling_failed")
     return token_ids, others
 
 
@@ -82,8 +92,12 @@ def _draw_slice(rows: Logits, begin: int, piece: Slice) -> Drawn:
     greedy_from = piece.sequence.greedy_from
     if greedy_from is not None and piece.end >= greedy_from:
         return Drawn(_verify_greedy(rows, begin, piece))
-    token = _sample_one(rows.values[begin : begin + 1], _row(piece, 0))
-    return Drawn(_verify(rows, begin, piece, token)) if token is not None else _drawn(None)
+    try:
+        row = _row(piece, 0)
+    except ConstraintFailed as exc:
+        return Drawn((), exc.reason)
+    token = _sample_one(rows.values[begin : begin + 1], row)
+    return _verify(rows, begin, piece, token) if token is not None else Drawn((), "sampling_failed")
 
 
 def _verify_greedy(rows: Logits, begin: int, piece: Slice) -> tuple[SampledToken, ...]:
@@ -95,27 +109,42 @@ def _verify_greedy(rows: Logits, begin: int, piece: Slice) -> tuple[SampledToken
     return tuple(SampledToken(token, None, ()) for token in best[:count])
 
 
-def _verify(rows: Logits, begin: int, piece: Slice, token: SampledToken) -> tuple[SampledToken, ...]:
+def _verify(rows: Logits, begin: int, piece: Slice, token: SampledToken) -> Drawn:
     """`token` and what follows it for as long as drafts are right. A row that cannot be sampled ends that as a wrong draft would:
     it is computed again as the next step's first row, and fails the sequence there, after the tokens before it."""
     tokens = [token]
+    is_over = _is_over_after(piece.sequence, token)
     while len(tokens) <= len(piece.drafts) and _goes_on(rows, begin + len(tokens), piece, len(tokens), tokens[-1].token_id):
-        at = begin + len(tokens)
-        following = _sample_one(rows.values[at : at + 1], _row(piece, len(tokens)))
+        following = _sample_after(rows, begin + len(tokens), piece, len(tokens)) if not is_over else None
         if following is None:
             break
         tokens.append(following)
-    return tuple(tokens)
+        is_over = _is_over_after(piece.sequence, following)
+    return Drawn(tuple(tokens), is_over=is_over)
+
+
+def _sample_after(rows: Logits, at: int, piece: Slice, count: int) -> SampledToken | None:
+    """What follows the piece's first `count` drafts, by row `at`."""
+    try:
+        row = _row(piece, count)
+    except ConstraintFailed:
+        return None
+    return _sample_one(rows.values[at : at + 1], row)
+
+
+def _is_over_after(sequence: Sequence, token: SampledToken) -> bool:
+    """Takes the sequence's grammar past `token`."""
+    constraint = sequence.constraint
+    if constraint is None:
+        return False
+    constraint.advance(token.token_id)
+    return constraint.is_over
 
 
 def _goes_on(rows: Logits, row: int, piece: Slice, count: int, token_id: int) -> bool:
     """Whether `row` counts, which follows `count` tokens of which `token_id` is the last."""
     is_right = token_id == piece.drafts[count - 1] and token_id not in piece.sequence.spec.stopping.stop_token_ids
     return is_right and rows.best[row] >= 0
-
-
-def _drawn(token: SampledToken | None) -> Drawn:
-    return Drawn((), "sampling_failed") if token is None else Drawn((token,))
 
 
 def _sample_each(logits: Tensor, rows: Seq[SampleRow]) -> list[SampledToken | None]:
@@ -134,14 +163,17 @@ def _sample_one(logits: Tensor, row: SampleRow) -> SampledToken | None:
 
 
 def _row(piece: Slice, num_drafts: int) -> SampleRow:
-    """The draw after the piece's first `num_drafts` drafts, as if they were tokens already."""
+    """The draw after the piece's first `num_drafts` drafts, as if they were tokens already. ConstraintFailed when the grammar,
+    which has followed them, allows no token, or none that is not blocked."""
     sequence = piece.sequence
     spec = sequence.spec
+    blocked_ids = spec.stopping.stop_token_ids if sequence.num_output + num_drafts < spec.stopping.min_tokens else frozenset[int]()
     return SampleRow(
         sampling=spec.sampling,
         choice=spec.choice,
         position=sequence.num_tokens + num_drafts,
         prompt_ids=spec.prompt,
         output_ids=[*sequence.tokens[len(spec.prompt) :], *piece.drafts[:num_drafts]] if spec.sampling.has_penalties else (),
-        blocked_ids=spec.stopping.stop_token_ids if sequence.num_output + num_drafts < spec.stopping.min_tokens else frozenset(),
+        blocked_ids=blocked_ids,
+        mask=torch.from_numpy(allowed(sequence.constraint, blocked_ids)) if sequence.constraint is not None else None,
     )

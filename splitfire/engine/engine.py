@@ -81,6 +81,8 @@ class Engine:
         sequence = self._new_sequence(spec)
         sequence.num_cached = reservation.num_pinned * sequence.block_size
         sequence.tokens.append(first_token)
+        if sequence.constraint is not None:
+            sequence.constraint.advance(first_token)
         sequence.block_ids = reservation.block_ids
         sequence.num_committed_blocks = spec.num_tokens // sequence.block_size
         with self.lock:
@@ -210,7 +212,7 @@ class Engine:
         self._scheduler.computed(piece)
         num_computed = sequence.num_computed
         num_sure = len(drawn.tokens) - 1  # the last one has no KV, also where it is a draft too
-        stopped = sequence.tokens[-1] in spec.stopping.stop_token_ids
+        stopped = drawn.is_over or sequence.tokens[-1] in spec.stopping.stop_token_ids
         is_finished = stopped or sequence.num_left <= 0
         if is_finished:
             self._end(sequence)

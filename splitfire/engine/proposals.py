@@ -31,7 +31,7 @@ class Proposals:
         if self._speculator is None or not decoding:
             return {}
         self._decoding = frozenset(s.spec.seq_id for s in decoding)
-        self._drafts = self._speculator.propose(decoding, room)
+        self._drafts = _allowed(decoding, self._speculator.propose(decoding, room))
         return self._drafts
 
     def count(self, updates: Seq[SequenceUpdate]) -> None:
@@ -68,3 +68,14 @@ class Proposals:
             whole = self._drafts[update.seq_id]
             draft = replace(whole, token_ids=whole.token_ids[: update.num_drafted])
         return Verified(update.seq_id, draft, update.num_accepted, tuple(token.token_id for token in update.tokens))
+
+
+def _allowed(decoding: Seq[Sequence], drafts: Mapping[SeqId, Draft]) -> Mapping[SeqId, Draft]:
+    """Each draft as far as its sequence's grammar goes: what cannot be drawn need not be verified."""
+    held = [s for s in decoding if s.constraint is not None and s.spec.seq_id in drafts] if drafts else []
+    cut = {}
+    for sequence in held:
+        draft = drafts[sequence.spec.seq_id]
+        assert sequence.constraint is not None
+        cut[sequence.spec.seq_id] = replace(draft, token_ids=draft.token_ids[: sequence.constraint.num_valid(draft.token_ids)])
+    return {**drafts, **cut} if cut else drafts

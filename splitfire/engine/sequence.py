@@ -15,6 +15,7 @@ from splitfire.core.hashing import BlockHash, hash_block
 from splitfire.core.lifecycle import SEQUENCE, Seq, SeqEvent, advance
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.engine.blocks import BlockId
+from splitfire.engine.constraint import Constraint, Grammar
 
 SeqId = NewType("SeqId", int)
 
@@ -41,6 +42,7 @@ class SequenceSpec:
     block_hashes: tuple[BlockHash, ...] = ()  # of the leading full blocks; the rest is hashed as it fills
     priority: int = 0  # higher goes first
     predicted: tuple[int, ...] = ()  # what the output will resemble, if the client knows
+    grammar: Grammar | None = None  # what the output must match
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +67,9 @@ class Sequence:
         self.block_ids: list[BlockId] = []
         self._names: list[BlockHash] = list(spec.block_hashes)
         self.times = SequenceTimes()
+        self.constraint: Constraint | None = None  # has followed every token of the output
+        if spec.grammar is not None:
+            self.constraint = spec.grammar.start(spec.output, spec.stopping.stop_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +98,13 @@ class Sequence:
     def greedy_from(self) -> int | None:
         """Tokens from which on the next one is simply the most likely; None when there is more to it than that."""
         params, stopping = self.spec.sampling, self.spec.stopping
-        if not params.is_greedy or params.has_penalties or params.logit_bias or params.logprobs is not None:
+        if (
+            self.constraint is not None
+            or not params.is_greedy
+            or params.has_penalties
+            or params.logit_bias
+            or params.logprobs is not None
+        ):
             return None
         return len(self.spec.prompt) + (stopping.min_tokens if stopping.stop_token_ids else 0)
 

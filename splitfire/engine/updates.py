@@ -23,7 +23,7 @@ class SequenceUpdate:
     num_drafted: int = 0
     num_accepted: int = 0  # drafts that are among `tokens`
     is_finished: bool = False
-    stopped: bool = False  # finished by a stop token rather than by length
+    stopped: bool = False  # finished by a stop token or the end of its grammar rather than by length
     error: str = ""  # the sequence failed alone
     num_cached: int = 0
     times: SequenceTimes | None = None  # with the first token

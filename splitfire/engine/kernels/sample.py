@@ -2,8 +2,8 @@
 
 The token is `argmax(filtered logits / T + Gumbel(seed, choice, position, token id))`. The noise comes from a counter, so
 batching, splitting, preemption, resume and speculation cannot change which token is drawn. Order of the filters:
-blocked stop tokens, penalties, logit bias, temperature, top-k, top-p, min-p. Log-probabilities are those of the model
-itself, before all of that.
+penalties, logit bias, blocked stop tokens and what a grammar forbids, temperature, top-k, top-p, min-p. Log-probabilities
+are those of the model itself, before all of that.
 
 Noise is computed only where it can matter: the Gumbel value of a 32-bit uniform lies within [GUMBEL_MIN, GUMBEL_MAX], so
 a token further than that below the best one's score cannot win whatever it draws (lossless, no approximation).
@@ -23,6 +23,7 @@ from splitfire.core.sampling import SamplingParams
 
 GUMBEL_MAX = -math.log(-math.log1p(-(2.0**-33)))  # of u = (2^32 - 0.5) / 2^32: 22.87
 GUMBEL_MIN = -math.log(33 * math.log(2))  # of u = 2^-33: -3.13
+BITS = [*(1 << bit for bit in range(31)), -(1 << 31)]  # of an int32, lowest first
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
@@ -38,6 +39,7 @@ class SampleRow:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     blocked_ids: frozenset[int]  # may not be drawn here: stop tokens before min_tokens
+    mask: Tensor | None = None  # [ceil(vocab / 32)] int32: bit t % 32 of word t // 32 says whether token t may be drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
 
 def _sample_row(logits: Tensor, row: SampleRow, best: int) -> SampledToken:
     params = row.sampling
-    is_plain = not (params.has_penalties or params.logit_bias or row.blocked_ids)
+    is_plain = not (params.has_penalties or params.logit_bias or row.blocked_ids or row.mask is not None)
     adjusted = logits if is_plain else _adjust(logits, row)
     if params.is_greedy:
         token = best if is_plain else int(adjusted.argmax())
@@ -80,7 +82,7 @@ def _sample_row(logits: Tensor, row: SampleRow, best: int) -> SampledToken:
 
 
 def _adjust(logits: Tensor, row: SampleRow) -> Tensor:
-    """Blocked tokens, penalties (repetition: Keskar et al. 2019; presence and frequency: OpenAI's API) and bias."""
+    """Penalties (repetition: Keskar et al. 2019; presence and frequency: OpenAI's API), bias, blocked and forbidden tokens."""
     params = row.sampling
     adjusted = logits.clone()
     if params.repetition_penalty != 1.0:
@@ -97,6 +99,10 @@ def _adjust(logits: Tensor, row: SampleRow) -> Tensor:
         adjusted[ids] += torch.tensor([b.bias for b in params.logit_bias], device=logits.device, dtype=logits.dtype)
     if row.blocked_ids:
         adjusted[torch.tensor(sorted(row.blocked_ids), device=logits.device)] = float("-inf")
+    if row.mask is not None:
+        bits = torch.tensor(BITS, device=logits.device, dtype=torch.int32)
+        forbidden = (row.mask[:, None].to(logits.device) & bits == 0).flatten()
+        adjusted.masked_fill_(forbidden[: adjusted.numel()], float("-inf"))
     return adjusted
 
 

@@ -1,0 +1,121 @@
+"""Grammars by llguidance (Earley parser over a lexer of derivatives; github.com/guidance-ai/llguidance), held to limits.py.
+
+Built on any thread, matched on the engine's. Every step is bounded by fuel, which does not depend on the machine; processor
+time is only the last resort.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from splitfire.core import limits
+from splitfire.core.errors import InvalidInput, ModelError, one_line
+from splitfire.core.response_format import OutputGrammar
+from splitfire.engine.constraint import WORD_BITS, ConstraintFailed, Mask, clear
+
+TOO_COMPLEX, DEAD_END, BROKEN = "constraint_too_complex", "constraint_dead_end", "constraint_broken"
+NOTHING_FITS = "NoExtension"  # what the library calls it when no token may follow
+
+
+class GrammarCompiler:
+    """What grammars are built for: one model's tokens. ModelError when the library cannot take the tokenizer."""
+
+    def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: Seq[int]) -> None:
+        self._eos = tuple(eos_token_ids)
+        self._vocab_size = vocab_size
+        if not self._eos:
+            raise ModelError("config.json: names no end-of-sequence token, without one an output cannot be ended")
+        try:
+            self._tokenizer = LLTokenizer(str(tokenizer), n_vocab=vocab_size, eos_token=list(self._eos))
+        except BaseException as exc:  # the library panics with a BaseException of its own
+            raise ModelError(f"tokenizer.json: {one_line(str(exc), 200)}") from exc
+
+    def compile(self, grammar: OutputGrammar) -> CompiledGrammar:
+        """Milliseconds, without the interpreter's lock. InvalidInput when the library does not take it."""
+        bounds = LLParserLimits(**grammar.parser_limits, verbose_errors=False)  # type: ignore[arg-type]
+        matcher = LLMatcher(self._tokenizer, grammar.text, log_level=0, limits=bounds)
+        if matcher.is_error():
+            raise InvalidInput("response_format", one_line(matcher.get_error(), 200))
+        return CompiledGrammar(matcher, self._vocab_size, self._eos)
+
+
+class CompiledGrammar:
+    """Implements `Grammar`: a matcher before its first token, which is never advanced itself. Its copies share its lexer and the
+    bounds of that, so it is for the choices of one request and for nobody else."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: tuple[int, ...]) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._eos = eos
+
+    def start(self, output: Seq[int], stop_token_ids: frozenset[int]) -> GrammarState:
+        state = GrammarState(self._matcher.deep_copy(), self._vocab_size, self._eos, stop_token_ids)
+        for token_id in output:
+            state.advance(token_id)
+        return state
+
+
+class GrammarState:
+    """Implements `Constraint`. Owned by the engine thread."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: tuple[int, ...], stop_token_ids: frozenset[int]) -> None:
+        self._matcher = matcher
+        self._num_words = -(-vocab_size // WORD_BITS)
+        self._eos = eos
+        self._forbidden = tuple(token_id for token_id in eos if token_id not in stop_token_ids)
+        self._mask: Mask | None = None  # of the present position, once asked for
+        self._is_over = False
+        self._failure = ""
+
+    def num_valid(self, drafts: Seq[int]) -> int:
+        if self._failure or self.is_over:
+            return 0
+        end = next((i for i, draft in enumerate(drafts) if draft in self._forbidden), len(drafts))
+        return int(self._matcher.validate_tokens(list(drafts[:end])))
+
+    def mask(self) -> Mask:
+        if self._failure or self.is_over or self._mask is None:
+            raise ConstraintFailed(self._failure or DEAD_END)
+        return self._mask
+
+    def advance(self, token_id: int) -> None:
+        self._mask = None
+        if not self._failure and not self._matcher.consume_token(token_id):
+            self._failure = BROKEN if "satisfy the grammar" in self._matcher.get_error() else TOO_COMPLEX
+
+    @property
+    def is_over(self) -> bool:
+        if self._mask is None and not self._failure and not self._is_over:
+            self._look()
+        return self._is_over
+
+    def _look(self) -> None:
+        """Finds out what may come now, once for each position."""
+        began = time.thread_time()
+        mask = np.zeros(self._num_words, dtype=np.int32)
+        can_end = self._matcher.is_accepting()
+        if not self._matcher.is_stopped():
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            self._failure = DEAD_END if self._matcher.get_error().startswith(NOTHING_FITS) else TOO_COMPLEX
+        elif time.thread_time() - began > limits.MAX_MASK_S:
+            self._failure = TOO_COMPLEX
+        elif _has_others(mask, self._eos):
+            clear(mask, self._forbidden)
+            self._mask = mask
+        elif can_end:
+            self._is_over = True
+        else:
+            self._failure = DEAD_END
+
+
+def _has_others(mask: Mask, token_ids: Seq[int]) -> bool:
+    """Whether it allows any token but these."""
+    rest = mask.copy()
+    clear(rest, token_ids)
+    return bool(rest.any())
