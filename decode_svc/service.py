@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from decode_svc.intake import Intake
 from kvtransfer.protocol import NO_ROOM, WITHDRAWN
-from splitfire.core.errors import DataLoss, Internal, Mismatch, SplitfireError, Unavailable
+from splitfire.core.errors import DataLoss, Mismatch, SplitfireError, Unavailable
 from splitfire.engine.sequence import SeqId
 from splitfire.engine.updates import SequenceUpdate, plain_update
 from splitfire.v1 import fleet_pb2, inference_pb2, kv_pb2
 from splitfire.worker.context import WorkerContext
-from splitfire.worker.job import Job, JobTable, Replies, logprobs_to_wire
+from splitfire.worker.job import Job, JobTable, Replies, failure, logprobs_to_wire
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class DecodeService:
         job = decode.job
         if update.error:
             self._drop(decode)
-            job.refuse(Internal("the model's output for this request cannot be used", reason=update.error))
+            job.refuse(failure(update.error))
             return
         if not update.tokens:
             return

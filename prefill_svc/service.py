@@ -10,12 +10,12 @@ from kvtransfer.sender import Outcome
 from prefill_svc.gate import Claim, HoldGate
 from prefill_svc.ship import BlockShipment, Computed
 from splitfire.core import limits
-from splitfire.core.errors import Internal, InvalidInput, Mismatch, SplitfireError, Unavailable
+from splitfire.core.errors import InvalidInput, Mismatch, SplitfireError, Unavailable
 from splitfire.engine.sequence import SeqId, SequenceTimes
 from splitfire.engine.updates import SequenceUpdate
 from splitfire.v1 import fleet_pb2, inference_pb2
 from splitfire.worker.context import WorkerContext
-from splitfire.worker.job import Handoff, Job, JobTable, Replies, logprobs_to_wire, refusal
+from splitfire.worker.job import Handoff, Job, JobTable, Replies, failure, logprobs_to_wire, refusal
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ class PrefillService:
         job = prefill.job
         if update.error:
             self._end(prefill)
-            job.refuse(Internal("the model's output for this request cannot be used", reason=update.error))
+            job.refuse(failure(update.error))
             return
         if not update.is_finished:
             prefill.computed = Computed.of(job, update)

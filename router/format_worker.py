@@ -25,8 +25,8 @@ from splitfire.core.response_format import JSON_TYPES, Kind, OutputGrammar, Resp
 from splitfire.v1.inference_pb2 import ResponseFormat as Wire
 
 STACK_BYTES = 4 << 20  # a worker's has sixteen times as much
-# One line break and as much indentation as anybody needs: without a bound a weak model writes blanks until max_tokens.
-JSON_STYLE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t]{1,40}|\r?\n[ \t]{0,40}", "lenient": False}
+# A blank, or a line break and some indentation: without a bound a weak model writes blanks until max_tokens.
+JSON_STYLE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,32}", "lenient": False}
 NOTHING_FITS = "NoExtension"  # what the library calls it when no token may follow
 MAX_SAID_CHARS = 300
 _ITS_OWN = re.compile(r"^at \d+\(\d+\): |<non-verbose/>|\(in regex\)")

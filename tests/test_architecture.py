@@ -37,6 +37,7 @@ FORBIDDEN: dict[str, set[str]] = {
 # Pure files: decisions without a clock, a socket, a thread or a tensor.
 PURE = {
     "splitfire.engine.blocks",
+    "splitfire.engine.constraint",
     "splitfire.engine.drafting",
     "splitfire.engine.scheduler",
     "splitfire.engine.sequence",
@@ -60,12 +61,15 @@ PURE = {
     "router.placement",
     "router.admission",
     "router.hello",
+    "router.gbnf",
+    "router.lark",
     "splitfire.cli.findings",
 }
 NOT_PURE = HEAVY | EVENT_LOOPS | {"grpc", "time", "random", "threading", "socket"}
 ONLY_HERE = {
     "ucxx": {"kvtransfer.ucx"},
     "triton": {"splitfire.engine.kernels"},
+    "llguidance": {"splitfire.engine.grammar", "router.format_worker"},
     "prometheus_client": {"splitfire.core.metrics", "splitfire.worker.metrics", "router.metrics"},
 }
 # Code from data (rule S1): none of these is imported anywhere.

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from splitfire.cli.client import Client, ServerError
 from splitfire.cli.doctor import doctor
+from splitfire.cli.formats import read_text, response_format
 from splitfire.cli.render import fleet_table, pair_line, print_waterfall
 from splitfire.cli.supervisor import Fleet, FleetPlan, default_cpus, free_port
 from splitfire.core.errors import ConfigError, one_line
@@ -113,6 +114,12 @@ def generate(
     predicted: Annotated[
         Path | None, typer.Option(envvar="SPLITFIRE_PREDICTED", help="file that the answer will resemble: faster where it does")
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(envvar="SPLITFIRE_JSON_SCHEMA", help="the answer is JSON of this schema"),
+    ] = None,
+    regex: Annotated[str | None, typer.Option(envvar="SPLITFIRE_REGEX", help="the whole answer matches this")] = None,
+    grammar: Annotated[Path | None, typer.Option(envvar="SPLITFIRE_GRAMMAR", help="the answer follows this GBNF")] = None,
     trace: Annotated[bool, typer.Option("--trace", envvar="SPLITFIRE_TRACE", help="show where the time went")] = False,
     timeout: TIMEOUT = 600.0,
 ) -> None:
@@ -120,7 +127,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     request = pb.GenerateRequest(
         text=text,
-        predicted_output=read_text(predicted) if predicted is not None else "",
+        predicted_output=read_text("--predicted", predicted) if predicted is not None else "",
+        response_format=response_format(json_schema, regex, grammar),
         sampling=pb.SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         stopping=pb.StoppingParams(max_tokens=max_tokens, stop=stop or []),
     )
@@ -129,13 +137,6 @@ def generate(
     if trace and summary is not None:
         err.print()
         print_waterfall(err, summary)
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"--predicted {path}: {getattr(exc, 'strerror', None) or 'is not UTF-8 text'}") from exc
 
 
 @app.command()

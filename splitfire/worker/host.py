@@ -19,6 +19,7 @@ from splitfire.engine.engine import Engine
 from splitfire.engine.lending import Reservation
 from splitfire.engine.sequence import SeqId, SequenceSpec
 from splitfire.engine.updates import StepResult
+from splitfire.worker.stacks import with_large_stack
 
 log = structlog.get_logger("worker")
 STARVED_S = 0.02  # until looking again when sequences wait but nothing can run
@@ -47,7 +48,7 @@ class EngineHost:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        with_large_stack(self._thread.start)
 
     def stop(self) -> None:
         with self._wake:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kvtransfer.peers import PeerAddress
-from splitfire.core.errors import ExceedsContext, ExceedsPool, InvalidInput, SplitfireError, Unavailable, Unsupported
+from splitfire.core.errors import ExceedsContext, ExceedsPool, Internal, InvalidInput, SplitfireError, Unavailable, Unsupported
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.hashing import HASH_BYTES, BlockHash, chain_root
 from splitfire.core.layout import KvLayout
@@ -18,6 +18,10 @@ from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 _seq_ids = itertools.count()
+CONSTRAINT_FAILURES = {
+    "constraint_dead_end": "no token of the model may follow the output so far",
+    "constraint_too_complex": "there are too many ways to read the output so far; make it less ambiguous",
+}
 
 
 class Replies(Protocol):
@@ -105,6 +109,14 @@ class JobTable(Generic[Record]):
     def of(self, replies: Replies, attempt: int | None) -> list[Record]:
         """Those of one router: one attempt, or (None) all."""
         return [r for r in self._records.values() if r.job.replies is replies and attempt in (None, r.job.attempt)]
+
+
+def failure(reason: str) -> SplitfireError:
+    """The error of a sequence that the engine could not go on with."""
+    said = CONSTRAINT_FAILURES.get(reason)
+    if said is not None:
+        return InvalidInput("response_format", said, reason=reason)
+    return Internal("the model's output for this request cannot be used", reason=reason)
 
 
 def refusal(attempt: int, error: SplitfireError, *, is_retryable: bool) -> fleet_pb2.Refused:

@@ -11,7 +11,7 @@ import structlog
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from splitfire.core.errors import ConfigError
+from splitfire.core.errors import ConfigError, ModelError
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.layout import KvLayout
 from splitfire.core.model_dir import ModelDir, others_who_may_change, weights_digest
@@ -20,6 +20,7 @@ from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.engine import Engine
+from splitfire.engine.grammar import GrammarCompiler
 from splitfire.engine.models.bodies import build, is_compiled
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import Weights
@@ -46,6 +47,7 @@ class LoadedModel:
     fingerprint: Fingerprint
     max_context: int
     chunk_tokens: int
+    grammars: GrammarCompiler | None  # None: the tokenizer is of a kind that outputs cannot be held to
 
 
 def load_model(settings: WorkerSettings) -> LoadedModel:
@@ -97,7 +99,7 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     chunk_tokens = settings.chunk_tokens or max(CHUNK_TOKENS[device.type], settings.block_size)
     speculator = make_speculator(settings, runner, draft, options)
     engine = Engine(runner, blocks, Budget(chunk_tokens, settings.max_running), time.monotonic, speculator)
-    return LoadedModel(model, engine, layout, fingerprint, max_context, chunk_tokens)
+    return LoadedModel(model, engine, layout, fingerprint, max_context, chunk_tokens, _grammars(model))
 
 
 def num_blocks_of(kv_memory: int | None, layout: KvLayout, max_context: int) -> int:
@@ -111,6 +113,15 @@ def num_blocks_of(kv_memory: int | None, layout: KvLayout, max_context: int) -> 
             f"give --kv-memory {-(-least >> 20)}MiB or a smaller --max-context"
         )
     return kv_memory // layout.block_bytes
+
+
+def _grammars(model: ModelDir) -> GrammarCompiler | None:
+    """Now and not with the first request: a large vocabulary takes a second, with the interpreter's lock held."""
+    try:
+        return GrammarCompiler(model.tokenizer_path, model.config.vocab_size, model.config.eos_token_ids)
+    except ModelError as exc:
+        log.warning("outputs of this model cannot be constrained", reason=str(exc))
+        return None
 
 
 def _load(model: ModelDir, options: LoadOptions) -> Weights:

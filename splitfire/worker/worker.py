@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import ParamSpec
 
@@ -24,14 +24,15 @@ from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from splitfire.core.machine import facts_to_wire
 from splitfire.core.settings import WorkerSettings, read_secret
 from splitfire.core.telemetry import Telemetry
-from splitfire.core.wire import fingerprint_to_wire, layout_to_wire
+from splitfire.core.wire import fingerprint_to_wire, grammar_from_wire, layout_to_wire
 from splitfire.engine.sequence import SeqId
 from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2, inference_pb2
 from splitfire.worker.context import GeneratingService, RoleService, SendingService, WorkerContext
+from splitfire.worker.grammars import GrammarDesk
 from splitfire.worker.health import HealthPort
 from splitfire.worker.host import EngineHost
-from splitfire.worker.job import JobLimits, handoff_from_wire, make_job, peer_address, refusal
+from splitfire.worker.job import Job, JobLimits, Replies, handoff_from_wire, make_job, peer_address, refusal
 from splitfire.worker.link import LinkOptions, RouterLink
 from splitfire.worker.load import LoadReporter, host_id
 from splitfire.worker.loading import LoadedModel
@@ -76,6 +77,7 @@ class Worker:
         )
         context = WorkerContext(self.worker_id, self._host, self.agent, loaded.layout, self._telemetry, settings.kv_digest)
         self._tally = context.tally
+        self._grammars = GrammarDesk(loaded.grammars)
         self._prefill, self._decode = services(context)
         self._limits = JobLimits(
             loaded.model.config.vocab_size,
@@ -133,6 +135,7 @@ class Worker:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await self._health.stop()
         self.agent.close()
+        self._grammars.close()
         self._host.stop()
         self._telemetry.shutdown()
         return self._exit_code
@@ -187,8 +190,8 @@ class Worker:
         if kind == "submit":
             self._submit(link, frame.submit)
         elif kind == "cancel":
-            for service in (self._prefill, self._decode):
-                service.cancel(link, frame.cancel.attempt)
+            for place in (self._grammars, self._prefill, self._decode):
+                place.cancel(link, frame.cancel.attempt)
         elif kind == "redirect":
             self._redirect(link, frame.redirect)
         elif kind == "peer_up":
@@ -208,8 +211,8 @@ class Worker:
     def on_lost(self, link: RouterLink) -> None:
         self._changed.set()
         self._roster.router_lost(link)
-        for service in (self._prefill, self._decode):
-            service.cancel(link, None)
+        for place in (self._grammars, self._prefill, self._decode):
+            place.cancel(link, None)
 
     def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
         return self._reporter.reports()
@@ -218,10 +221,10 @@ class Worker:
 
     @property
     def _num_jobs(self) -> int:
-        return self._prefill.num_jobs + self._decode.num_jobs
+        return self._grammars.num_jobs + self._prefill.num_jobs + self._decode.num_jobs
 
     def _submit(self, link: RouterLink, submit: fleet_pb2.Submit) -> None:
-        try:
+        with _refusing(link, submit.attempt):
             if self._is_draining:
                 raise Unavailable("the worker is draining", reason="draining")
             if self._num_jobs >= 2 * self.settings.max_running:
@@ -229,13 +232,15 @@ class Worker:
                     f"the worker has {self._num_jobs} requests, limit {2 * self.settings.max_running}", reason="queue_full"
                 )
             job = make_job(submit, link, self._limits, time.monotonic())
-            service = self._prefill if submit.part == fleet_pb2.PART_PREFILL else self._decode
+            if submit.HasField("grammar"):
+                self._grammars.build(job, grammar_from_wire(submit.grammar), self._take)
+            else:
+                self._take(job)
+
+    def _take(self, job: Job) -> None:
+        with _refusing(job.replies, job.attempt):
+            service = self._prefill if job.part == fleet_pb2.PART_PREFILL else self._decode
             service.submit(job)
-        except SplitfireError as exc:
-            link.refused(refusal(submit.attempt, exc, is_retryable=exc.is_retryable))
-        except Exception as exc:  # one bad request fails alone
-            log.exception("submit failed", request_id=submit.request_id)
-            link.refused(refusal(submit.attempt, Internal(f"submit failed: {type(exc).__name__}"), is_retryable=False))
 
     def _redirect(self, link: RouterLink, redirect: fleet_pb2.Redirect) -> None:
         try:
@@ -326,3 +331,15 @@ class Worker:
     def _stop(self, code: int) -> None:
         self._exit_code = self._exit_code or code
         self._exit.set()
+
+
+@contextlib.contextmanager
+def _refusing(replies: Replies, attempt: int) -> Iterator[None]:
+    """One bad request fails alone."""
+    try:
+        yield
+    except SplitfireError as exc:
+        replies.refused(refusal(attempt, exc, is_retryable=exc.is_retryable))
+    except Exception as exc:
+        log.exception("submit failed", attempt=attempt)
+        replies.refused(refusal(attempt, Internal(f"submit failed: {type(exc).__name__}"), is_retryable=False))
