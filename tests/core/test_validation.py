@@ -39,6 +39,10 @@ def stopped(**fields: Any) -> pb.GenerateRequest:
     return request(stopping=pb.StoppingParams(**fields))
 
 
+def formatted(kind: str = "TEXT", **fields: Any) -> pb.GenerateRequest:
+    return request(response_format=pb.ResponseFormat(type=pb.ResponseFormat.Type.Value(f"TYPE_{kind}"), **fields))
+
+
 def refusal(message: pb.GenerateRequest, model: ModelLimits = MODEL) -> SplitfireError:
     with pytest.raises(SplitfireError) as caught:
         check_request(message, model)
@@ -80,6 +84,24 @@ BAD: list[tuple[str, pb.GenerateRequest, str]] = [
     ("B18 repetition 0", sampled(repetition_penalty=0), "sampling.repetition_penalty"),
     ("B18 repetition 1e30", sampled(repetition_penalty=1e30), "sampling.repetition_penalty"),
     ("B18 presence 1e30", sampled(presence_penalty=1e30), "sampling.presence_penalty"),
+    ("B28 schema without its type", formatted(json_schema="{}"), "response_format.json_schema"),
+    ("B28 regex beside a schema", formatted("JSON_SCHEMA", json_schema="{}", regex="a"), "response_format.regex"),
+    ("B28 grammar beside an object", formatted("JSON_OBJECT", grammar="a"), "response_format.grammar"),
+    ("B28 no schema", formatted("JSON_SCHEMA"), "response_format.json_schema"),
+    ("B28 no regex", formatted("REGEX"), "response_format.regex"),
+    ("B28 no grammar", formatted("GRAMMAR"), "response_format.grammar"),
+    ("B28 unknown type", request(response_format=pb.ResponseFormat(type=9)), "response_format.type"),  # type: ignore[arg-type]
+    ("B28 one over", formatted("REGEX", regex="a" * (limits.MAX_FORMAT_CHARS + 1)), "response_format.regex"),
+    ("B28 3 MB", formatted("GRAMMAR", grammar="a" * 3_000_000), "response_format.grammar"),
+    ("B28 not JSON", formatted("JSON_SCHEMA", json_schema="{'a': 1}"), "response_format.json_schema"),
+    ("B28 NaN", formatted("JSON_SCHEMA", json_schema='{"minimum": NaN}'), "response_format.json_schema"),
+    ("B28 no object", formatted("JSON_SCHEMA", json_schema="[]"), "response_format.json_schema"),
+    ("B28 bomb", formatted("JSON_SCHEMA", json_schema='{"a":' * 9000 + "1" + "}" * 9000), "response_format.json_schema"),
+    (
+        "B28 wide bomb",
+        formatted("JSON_SCHEMA", json_schema='{"a":' + "[" * 30_000 + "]" * 30_000 + "}"),
+        "response_format.json_schema",
+    ),
     ("B18 frequency NaN", sampled(frequency_penalty=NAN), "sampling.frequency_penalty"),
     ("B19 seed -1", sampled(seed=-1), "sampling.seed"),
     ("B20 n 0", request(n=0), "n"),
@@ -188,17 +210,7 @@ def test_any_bytes_are_a_request_or_a_typed_error(data: bytes) -> None:
     [
         (request(model="gpt-5"), Code.NOT_FOUND, "model_not_found"),  # B26
         (request(model="../../etc/passwd"), Code.NOT_FOUND, "model_not_found"),
-        (request(adapter="x"), Code.UNIMPLEMENTED, "unsupported_adapter"),  # B27, B28
-        (
-            request(response_format=pb.ResponseFormat(type=pb.ResponseFormat.TYPE_JSON_OBJECT)),
-            Code.UNIMPLEMENTED,
-            "unsupported_response_format",
-        ),
-        (
-            request(response_format=pb.ResponseFormat(json_schema="(a+)+$" * 10**5)),
-            Code.UNIMPLEMENTED,
-            "unsupported_response_format",
-        ),
+        (request(adapter="x"), Code.UNIMPLEMENTED, "unsupported_adapter"),  # B27
         (request(metadata={"chat_template": "{{ 1 }}"}), Code.PERMISSION_DENIED, "forbidden_metadata"),  # B30
         (request(metadata={"Chat-Template-Kwargs": "{}"}), Code.PERMISSION_DENIED, "forbidden_metadata"),
     ],
@@ -253,6 +265,23 @@ def test_edges_that_are_accepted() -> None:
     assert accepted(request(request_id="A-z.0_9")).request_id
     assert accepted(request("  \n\ufeff")).text == "  \n\ufeff"  # B03: white space and a BOM are text like any other
     assert accepted(request("\0\u202e\x1b[0m")).text == "\0\u202e\x1b[0m"  # B08: verbatim
+
+
+def test_response_formats_at_the_edges_are_accepted() -> None:
+    deepest = '{"a":' * (limits.MAX_FORMAT_NESTING - 1) + "{}" + "}" * (limits.MAX_FORMAT_NESTING - 1)
+    for message, source in (
+        (formatted(), None),
+        (pb.GenerateRequest(text="x"), None),
+        (formatted("JSON_OBJECT"), '{"type": "object"}'),
+        (formatted("JSON_SCHEMA", json_schema=deepest), deepest),
+        (formatted("REGEX", regex="a" * limits.MAX_FORMAT_CHARS), "a" * limits.MAX_FORMAT_CHARS),
+        (formatted("GRAMMAR", grammar="root ::= x"), "root ::= x"),
+    ):
+        asked = accepted(message).response_format
+        assert (asked.source if asked else None) == source
+        assert asked is None or asked.kind == message.response_format.type
+    one_more = formatted("JSON_SCHEMA", json_schema='{"a":' + deepest + "}")
+    assert f"deeper than {limits.MAX_FORMAT_NESTING}" in str(refusal(one_more))
 
 
 def test_a_client_cannot_raise_its_class() -> None:

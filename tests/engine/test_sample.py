@@ -20,9 +20,17 @@ def row(
     prompt: tuple[int, ...] = (),
     output: tuple[int, ...] = (),
     blocked: tuple[int, ...] = (),
+    allowed: set[int] | None = None,
     **changes: Any,
 ) -> SampleRow:
-    return SampleRow(SamplingParams(**changes), choice, position, prompt, output, frozenset(blocked))
+    mask = mask_of(allowed) if allowed is not None else None
+    return SampleRow(SamplingParams(**changes), choice, position, prompt, output, frozenset(blocked), mask)
+
+
+def mask_of(allowed: set[int]) -> torch.Tensor:
+    """As a grammar writes it: one bit a token."""
+    words = [sum(1 << bit for bit in range(32) if 32 * word + bit in allowed) for word in range(-(-VOCAB // 32))]
+    return torch.tensor([word - (1 << 32) if word >> 31 else word for word in words], dtype=torch.int32)
 
 
 def draws(logits: torch.Tensor, count: int, **changes: Any) -> torch.Tensor:
@@ -111,6 +119,44 @@ def test_bias_and_blocked_tokens(logits: torch.Tensor) -> None:
     assert sample(logits[None], [row(temperature=0.0, logit_bias=(TokenBias(7, 100.0),))])[0].token_id == 7
     top = int(logits.argmax())
     assert sample(logits[None], [row(temperature=0.0, blocked=(top,))])[0].token_id != top
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(temperature=0.0),
+        dict(),
+        dict(top_k=3),
+        dict(top_p=0.5),
+        dict(min_p=0.5),
+        dict(temperature=5.0, top_k=1),
+        dict(logit_bias=(TokenBias(4, 100.0),)),
+        dict(repetition_penalty=3.0, presence_penalty=2.0, prompt=(1, 2), output=(3, 31)),
+    ],
+)
+@pytest.mark.parametrize("allowed", [{0, 3, 31, 32, 40, VOCAB - 1}, {31}, {VOCAB - 1}, {5, 6, 7}])
+def test_only_what_a_grammar_allows_is_drawn(logits: torch.Tensor, allowed: set[int], changes: dict[str, Any]) -> None:
+    """Also when it allows fewer tokens than a filter would keep, and none of the likely ones."""
+    rows = [row(position, allowed=allowed, seed=5, **changes) for position in range(40)]
+    drawn = {t.token_id for t in sample(logits.expand(40, -1) - 50 * (torch.arange(VOCAB) == min(allowed)), rows)}
+    assert drawn <= allowed
+
+
+def test_a_mask_that_allows_everything_changes_nothing(logits: torch.Tensor) -> None:
+    for changes in (dict(temperature=0.0), dict(top_k=7, top_p=0.9), dict(frequency_penalty=1.0, output=(3, 3))):
+        for position in range(20):
+            free = row(position, seed=9, logprobs=3, **changes)
+            held = row(position, seed=9, logprobs=3, allowed=set(range(VOCAB)), **changes)
+            assert sample(logits[None], [free]) == sample(logits[None], [held])
+
+
+def test_masked_tokens_are_drawn_from_the_softmax_of_the_rest(logits: torch.Tensor) -> None:
+    count, allowed = 8000, {2, 5, 30, 33, 41}
+    rows = [row(position, seed=12, allowed=allowed) for position in range(count)]
+    share = torch.bincount(torch.tensor([t.token_id for t in sample(logits.expand(count, -1), rows)]), minlength=VOCAB) / count
+    keep = torch.tensor([token in allowed for token in range(VOCAB)])
+    expected = logits.masked_fill(~keep, float("-inf")).softmax(-1)
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-9).all()
 
 
 def test_logprobs_are_the_models_own(logits: torch.Tensor) -> None:
