@@ -29,7 +29,8 @@ STACK_BYTES = 4 << 20  # a worker's has sixteen times as much
 JSON_STYLE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \t]|\r?\n[ \t]{0,32}", "lenient": False}
 NOTHING_FITS = "NoExtension"  # what the library calls it when no token may follow
 MAX_SAID_CHARS = 300
-_ITS_OWN = re.compile(r"^at \d+\(\d+\): |<non-verbose/>|\(in regex\)")
+# Places in what the client has not written: where in the library's grammar, and a piece of that.
+_ITS_OWN = re.compile(r"^at \d+\(\d+\): |<non-verbose/>|\(in regex\)|\n *\d+ \|.*(\n *\^)?|in regex /.*/")
 
 
 class BadFormat(Exception):

@@ -22,6 +22,7 @@ from prefill_svc.service import PrefillService
 from splitfire.core.hashing import hash_blocks
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.core.telemetry import Telemetry
+from splitfire.engine.constraint import Grammar
 from splitfire.engine.engine import Engine
 from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
 from splitfire.engine.updates import StepResult
@@ -155,6 +156,7 @@ class Rig:
         stop: frozenset[int] = frozenset(),
         choice: int = 0,
         predicted: Sequence[int] = (),
+        grammar: Callable[[], Grammar] | None = None,
     ) -> Answer:
         """Submits to both nodes (or, with PART_WHOLE, to the decode node alone); returns at once."""
         answer = Answer(next(_attempts))
@@ -169,6 +171,7 @@ class Rig:
                 stopping=StopParams(max_tokens, 0, stop),
                 purpose=Purpose.PREFILL if kind == fleet_pb2.PART_PREFILL else Purpose.GENERATE,
                 hash_root=ROOT_HASH, block_hashes=hash_blocks(ROOT_HASH, (*prompt, *output), layout.block_size), predicted=tuple(predicted),
+                grammar=grammar() if grammar is not None else None,
             )  # fmt: skip
             handoff = Handoff(transfer_id, token, peer.address) if peer is not None else None
             return Job(replies, answer.attempt, kind, spec, handoff, "", f"r{answer.attempt}", time.monotonic())
