@@ -49,7 +49,10 @@ MAX_STEP_ITEMS = 50_000  # for the rules of one token
 MAX_ROW_ITEMS = 500  # ways to read the output so far; a step's time grows with their cube in the worst grammars: about 25 ms
 MAX_ROW_ITEMS_JSON = 2000  # a schema's rules are many, but not ambiguous; four for each optional property
 MAX_LEXER_STATES = 20_000  # of about 1 kB, for each sequence
-MAX_MASK_S = 0.1  # processor time for one token, if all of these were not enough
+# Processor time of one sequence, where all of these were not enough: for one token, and for all, so much and so much for each.
+MAX_MASK_S = 0.1
+MASK_BURST_S = 1.0
+MEAN_MASK_S = 0.02
 
 # Router queues.
 MAX_QUEUED_REQUESTS = 1000

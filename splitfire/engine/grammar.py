@@ -71,22 +71,32 @@ class GrammarState:
         self._mask: Mask | None = None  # of the present position, once asked for
         self._is_over = False
         self._failure = ""
+        self._num_tokens = 0
+        self._spent_s = 0.0
 
     def num_valid(self, drafts: Seq[int]) -> int:
         if self._failure or self.is_over:
             return 0
+        began = time.thread_time()
         end = next((i for i, draft in enumerate(drafts) if draft in self._forbidden), len(drafts))
-        return int(self._matcher.validate_tokens(list(drafts[:end])))
+        num_valid = int(self._matcher.validate_tokens(list(drafts[:end])))
+        self._charge(time.thread_time() - began)
+        return num_valid
 
     def mask(self) -> Mask:
-        if self._failure or self.is_over or self._mask is None:
+        if self.is_over or self._failure or self._mask is None:
             raise ConstraintFailed(self._failure or DEAD_END)
         return self._mask
 
     def advance(self, token_id: int) -> None:
         self._mask = None
-        if not self._failure and not self._matcher.consume_token(token_id):
+        if self._failure:
+            return
+        began = time.thread_time()
+        self._num_tokens += 1
+        if not self._matcher.consume_token(token_id):
             self._failure = BROKEN if "satisfy the grammar" in self._matcher.get_error() else TOO_COMPLEX
+        self._charge(time.thread_time() - began)
 
     @property
     def is_over(self) -> bool:
@@ -103,8 +113,6 @@ class GrammarState:
             self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
             self._failure = DEAD_END if self._matcher.get_error().startswith(NOTHING_FITS) else TOO_COMPLEX
-        elif time.thread_time() - began > limits.MAX_MASK_S:
-            self._failure = TOO_COMPLEX
         elif _has_others(mask, self._eos):
             clear(mask, self._forbidden)
             self._mask = mask
@@ -112,6 +120,14 @@ class GrammarState:
             self._is_over = True
         else:
             self._failure = DEAD_END
+        self._charge(time.thread_time() - began)
+
+    def _charge(self, seconds: float) -> None:
+        """All sequences of a worker wait for one that takes long."""
+        self._spent_s += seconds
+        most = limits.MASK_BURST_S + limits.MEAN_MASK_S * self._num_tokens
+        if seconds > limits.MAX_MASK_S or self._spent_s > most:
+            self._failure = self._failure or TOO_COMPLEX
 
 
 def _has_others(mask: Mask, token_ids: Seq[int]) -> bool:

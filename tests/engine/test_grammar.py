@@ -156,9 +156,22 @@ def test_a_grammar_made_to_be_slow_costs_its_own_sequence_and_little_time(kind: 
 
 
 def test_a_step_over_its_processor_time_ends_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = regex("a*"), regex("a*")
+    fast.mask()
     monkeypatch.setattr(limits, "MAX_MASK_S", -1.0)
     with pytest.raises(ConstraintFailed, match="constraint_too_complex"):
-        regex("a*").mask()
+        slow.mask()
+
+
+def test_a_sequence_over_its_processor_time_ends(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    """No token takes long, but all of them together do."""
+    monkeypatch.setattr(limits, "MASK_BURST_S", 0.005)
+    monkeypatch.setattr(limits, "MEAN_MASK_S", 0.0)
+    state, token = regex("(a|b|aa|ab)*"), encode(tokenizer, "a")[0]
+    with pytest.raises(ConstraintFailed, match="constraint_too_complex"):
+        for _ in range(5000):
+            state.mask()
+            state.advance(token)
 
 
 def test_one_sequence_does_not_use_up_what_another_may_learn(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
