@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 from splitfire.core import limits
 from splitfire.core.sampling import SamplingParams
 from splitfire.engine.constraint import Constraint, ConstraintFailed, Mask, allowed
-from splitfire.engine.engine import SequenceUpdate
 from splitfire.engine.grammar import CompiledGrammar
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.sequence import SequenceSpec
+from splitfire.engine.updates import SequenceUpdate
 from tests.checkpoints import PICO, VOCAB
 from tests.engine.test_verification import GUESSES, Oracle
 from tests.engines import GREEDY, assert_no_leaks, drain, load_model, make_engine, make_spec, sampled_of, tokens_of
