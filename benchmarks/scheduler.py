@@ -1,21 +1,27 @@
-"""What a step costs beside the model: `python -m benchmarks.scheduler`. Half a minute.
+"""What a step costs beside the model: `python -m benchmarks.scheduler`. Half a minute; two where vLLM is installed.
 
 A model that takes no time draws the same token for everybody; what is left is scheduling, the arrays a model needs, and taking
 the tokens in. Thread time, so that others on the machine do not count. Cases: everybody decodes; sequences end and others,
-whose prompts are in the prefix cache or have to be computed, take their places.
+whose prompts are in the prefix cache or have to be computed, take their places. vLLM's own scheduler, with nothing behind it
+either, stands beside the first: its schedule and its update, without the inputs, which its model runner prepares.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import json
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from benchmarks.opponents import vllm
 from benchmarks.report import Row, half_spread, write
 from splitfire.core.hashing import chain_root, hash_blocks
 from splitfire.core.layout import KvLayout
@@ -30,6 +36,8 @@ from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
 
 BLOCK_SIZE, PROMPT, CHUNK = 32, 300, 2048
 NUM_STEPS, NUM_ROUNDS = 300, 5
+COMPARED = 256  # sequences, with vLLM's scheduler
+PICO = Path(__file__).resolve().parent.parent / "models" / "pico"  # vLLM's configuration wants a model, of any shape
 TOKEN = 7
 ROOT = chain_root(b"", b"benchmark", "")
 MS = 1e3
@@ -136,19 +144,38 @@ def rows_of(case: str, lap: Lap, target_ms: float | None) -> list[Row]:
     return rows
 
 
+def vllm_seconds(num_running: int) -> list[float]:
+    """Of each step of vLLM's scheduler, in its own environment."""
+    script = Path(vllm.__file__).with_name("vllm_scheduler.py")
+    command: list[str | Path] = [vllm.PYTHON, "-P", script, PICO, *map(str, (num_running, PROMPT, NUM_STEPS))]
+    environment = {**os.environ, "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=True).stdout
+    return [float(seconds) for seconds in json.loads(said.splitlines()[-1])]
+
+
+def beside_vllm(case: str, lap: Lap, theirs: list[float]) -> Row:
+    total = [seconds * MS for seconds in lap.total()]
+    ours, opponent = statistics.fmean(total), statistics.fmean(theirs) * MS
+    return Row(case, "step, mean", "ms", ours, opponent, "vLLM's scheduler", opponent / ours, "", None, half_spread(total))
+
+
 def main() -> None:
     cases: dict[str, tuple[int, int | None, bool]] = {f"{n} decode": (n, None, False) for n in (16, 64, 256, 1024)}
     cases["256 decode, 2 end and 2 cached prompts begin in a step"] = (256, 128, True)
     cases["256 decode, 2 end and 2 prompts of 300 tokens begin in a step"] = (256, 128, False)
     laps = {name: Lap() for name in cases}
     running = {name: Case(n, mean_tokens=mean, is_cached=cached) for name, (n, mean, cached) in cases.items()}
+    theirs: list[float] = []
+    reason = vllm.why_not()
     for _ in range(NUM_ROUNDS):  # interleaved
         for name, case in running.items():
             case.measure(laps[name])
-    rows = []
+        if not reason:
+            theirs += vllm_seconds(COMPARED)
+    rows = [beside_vllm(f"{COMPARED} decode", laps[f"{COMPARED} decode"], theirs)] if theirs else []
     for name, lap in laps.items():
         rows += rows_of(name, lap, 0.25 if name.startswith("256") else None)
-    write("scheduler", rows)
+    write("scheduler", rows, versions={} if reason else vllm.versions())
 
 
 if __name__ == "__main__":
