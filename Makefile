@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-scheduler bench-engine bench-opponents checkpoint pico clean
+.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine bench-opponents checkpoint pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -33,12 +33,12 @@ docs:            ## the pages that are printed from code
 	.venv/bin/python -m kvtransfer.protocol > docs/protocol.md
 	.venv/bin/python -m splitfire.core.settings > docs/settings.md
 
-bench: bench-handoff bench-batching bench-idle bench-gap bench-quality bench-transfer bench-scheduler bench-engine   ## all benchmarks, into benchmarks/results/
+bench: bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine   ## all benchmarks, into benchmarks/results/
 
 bench-quality:
 	.venv/bin/python -m benchmarks.quality
 
-bench-handoff bench-batching bench-idle bench-gap: bench-%:  ## one of those that serve
+bench-handoff bench-batching bench-idle bench-gap bench-memory: bench-%:  ## one of those that serve
 	.venv/bin/python -m benchmarks.serve $*
 
 bench-transfer:  ## the hand-off between two processes; against NIXL where bench-opponents was made
@@ -56,6 +56,7 @@ bench-engine: checkpoint  ## the engine beside its floors, and beside vLLM and O
 	.venv/bin/python -m benchmarks.serve one-core-each $(QUICK)
 	.venv/bin/python -m benchmarks.serve interference $(QUICK)
 	.venv/bin/python -m benchmarks.serve prefix $(QUICK)
+	.venv/bin/python -m benchmarks.serve memory $(QUICK)
 	$(if $(wildcard benchmarks/speculation*),.venv/bin/python -m benchmarks.speculation $(QUICK))
 
 checkpoint:      ## random weights in the shape of SmolLM2-135M, under build/

@@ -25,10 +25,11 @@ from benchmarks.serve.contestants import Lineup
 from benchmarks.serve.handoff import gap, handoff
 from benchmarks.serve.idle import idle
 from benchmarks.serve.interference import interference
+from benchmarks.serve.memory import memory
 from benchmarks.serve.one_core_each import one_core_each
 from benchmarks.serve.prefix import prefix
 
-OURS_ALONE = {"handoff": handoff, "gap": gap, "idle": idle, "batching": batching}
+OURS_ALONE = {"handoff": handoff, "gap": gap, "idle": idle, "memory": memory, "batching": batching}
 AGAINST_OTHERS = {"both-cores": both_cores, "one-core-each": one_core_each, "interference": interference, "prefix": prefix}
 SMOL135 = "build/checkpoints/smol135"
 TURNS = {"handoff": 15, "gap": 15, "batching": 15}
