@@ -51,13 +51,14 @@ bench-scheduler: ## what a step costs beside the model
 bench-engine: checkpoint  ## the engine beside its floors, and beside vLLM and OpenVINO GenAI; installs them (5 GB)
 	benchmarks/setup_opponents vllm openvino
 	.venv/bin/python -m benchmarks.engine $(QUICK)
-	.venv/bin/python -m benchmarks.scheduler
+	.venv/bin/python -m benchmarks.scheduler $(QUICK)
 	.venv/bin/python -m benchmarks.serve both-cores $(QUICK)
 	.venv/bin/python -m benchmarks.serve one-core-each $(QUICK)
 	.venv/bin/python -m benchmarks.serve interference $(QUICK)
 	.venv/bin/python -m benchmarks.serve prefix $(QUICK)
 	.venv/bin/python -m benchmarks.serve memory $(QUICK)
-	$(if $(wildcard benchmarks/speculation*),.venv/bin/python -m benchmarks.speculation $(QUICK))
+	.venv/bin/python -m benchmarks.speculation $(QUICK)
+	.venv/bin/python -m benchmarks.speculation --model build/checkpoints/smol135 $(QUICK)
 
 checkpoint:      ## random weights in the shape of SmolLM2-135M, under build/
 	.venv/bin/python -m benchmarks.make_checkpoint smol135

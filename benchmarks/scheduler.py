@@ -8,6 +8,7 @@ either, stands beside the first: its schedule and its update, without the inputs
 
 from __future__ import annotations
 
+import argparse
 import gc
 import itertools
 import json
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.opponents import vllm
-from benchmarks.report import Row, half_spread, write
+from benchmarks.report import QUICK_RESULTS, RESULTS, Row, half_spread, write
 from splitfire.core.hashing import chain_root, hash_blocks
 from splitfire.core.layout import KvLayout
 from splitfire.core.sampling import SamplingParams, StopParams
@@ -160,6 +161,9 @@ def beside_vllm(case: str, lap: Lap, theirs: list[float]) -> Row:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scheduler")
+    parser.add_argument("--quick", action="store_true", help="one round: whether it runs; the result goes to build/results")
+    args = parser.parse_args()
     cases: dict[str, tuple[int, int | None, bool]] = {f"{n} decode": (n, None, False) for n in (16, 64, 256, 1024)}
     cases["256 decode, 2 end and 2 cached prompts begin in a step"] = (256, 128, True)
     cases["256 decode, 2 end and 2 prompts of 300 tokens begin in a step"] = (256, 128, False)
@@ -167,7 +171,7 @@ def main() -> None:
     running = {name: Case(n, mean_tokens=mean, is_cached=cached) for name, (n, mean, cached) in cases.items()}
     theirs: list[float] = []
     reason = vllm.why_not()
-    for _ in range(NUM_ROUNDS):  # interleaved
+    for _ in range(1 if args.quick else NUM_ROUNDS):  # interleaved
         for name, case in running.items():
             case.measure(laps[name])
         if not reason:
@@ -175,7 +179,7 @@ def main() -> None:
     rows = [beside_vllm(f"{COMPARED} decode", laps[f"{COMPARED} decode"], theirs)] if theirs else []
     for name, lap in laps.items():
         rows += rows_of(name, lap, 0.25 if name.startswith("256") else None)
-    write("scheduler", rows, versions={} if reason else vllm.versions())
+    write("scheduler", rows, versions={} if reason else vllm.versions(), directory=QUICK_RESULTS if args.quick else RESULTS)
 
 
 if __name__ == "__main__":

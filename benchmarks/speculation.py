@@ -19,7 +19,7 @@ from random import Random
 from tokenizers import Tokenizer
 
 from benchmarks.edits import Ceiling, Edited, ceiling_of, edit
-from benchmarks.report import Row, half_spread, write
+from benchmarks.report import QUICK_RESULTS, RESULTS, Row, half_spread, write
 from models.train_pico import END, is_held_out, source_files
 from splitfire.core.hashing import chain_root
 from splitfire.core.sampling import SamplingParams, StopParams
@@ -269,7 +269,7 @@ def main() -> None:
         rows += measure(bench, case, asked.turns, () if asked.no_widths else FIXED_WIDTHS)
     rows += latencies(tokenizer, 2000 if asked.quick else 20_000)
     name = Path(asked.model).name
-    write(f"speculation-{name}-quick" if asked.quick else f"speculation-{name}", rows)
+    write(f"speculation-{name}", rows, directory=QUICK_RESULTS if asked.quick else RESULTS)
 
 
 if __name__ == "__main__":
