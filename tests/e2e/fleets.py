@@ -104,9 +104,9 @@ def start_fleet(
     worker: Sequence[str] = (),
     shared: Sequence[str] = (),
 ) -> Iterator[RunningFleet]:
-    plan = FleetPlan(
-        model, Path(model).name, prefill, decode, (), (), free_port(), tuple(router), ("--threads=1", *worker), tuple(shared)
-    )
+    """Deterministic: in fp32, so that tokens are those of transformers."""
+    flags = tuple(dict.fromkeys(("--threads=1", "--dtype=fp32", *worker)))
+    plan = FleetPlan(model, Path(model).name, prefill, decode, (), (), free_port(), tuple(router), flags, tuple(shared))
     fleet = Fleet(plan, print)
     try:
         fleet.start()
