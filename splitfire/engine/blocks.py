@@ -5,7 +5,7 @@ Every block is in exactly one state and the counts always add up to the total:
     FREE       nobody's, content meaningless
     RESERVED   lent to intake for a hand-off; no sequence can see it
     FILLING    a running sequence's, not full or not computed yet
-    COMMITTED  full, computed, verified; in the prefix index; used by one sequence or more
+    COMMITTED  full, computed, verified; in the prefix index; used by one sequence or more (a prefix found, or a fork)
     CACHED     as COMMITTED but used by none; evictable, oldest leaf first
 
 Not thread-safe: the engine's lock guards it (`engine.py`). Eviction is leaf first for free: a block's reference count
@@ -43,6 +43,14 @@ class Block:
     state: BlockState = BlockState.FREE
     num_users: int = 0
     name: BlockHash | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Bytes to be copied before anything else is computed (`KvPool.copy`)."""
+
+    source: BlockId
+    target: BlockId
 
 
 class BlockPool:
@@ -113,6 +121,13 @@ class BlockPool:
             if block.name is not None:
                 del self._index[block.name]
                 block.name = None
+
+    def share(self, block_ids: Sequence[BlockId]) -> None:
+        """One user more for each: full blocks of a sequence, for one that is forked from it."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            assert block.state is BlockState.COMMITTED, block
+            block.num_users += 1
 
     def begin_filling(self, block_id: BlockId) -> None:
         """An intake's block that is not full goes on as a running sequence's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,11 +24,13 @@ from splitfire.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What one sequence's rows came to: its tokens, all but the last equal to the drafts, or why there is none."""
+    """What one sequence's rows came to: its tokens, all but the last equal to the drafts, or why there is none. Of a sequence that
+    is several choices, what each of these came to."""
 
     tokens: tuple[SampledToken, ...]
     error: str = ""
     is_over: bool = False  # its grammar lets nothing follow
+    forks: tuple[Drawn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,8 @@ def _draw_slice(rows: Logits, begin: int, piece: Slice) -> Drawn:
     """`begin`: its first row."""
     if rows.best[begin] < 0:
         return Drawn((), "nonfinite_logits")
+    if piece.sequence.forks:
+        return _draw_forks(rows, begin, piece)
     greedy_from = piece.sequence.greedy_from
     if greedy_from is not None and piece.end >= greedy_from:
         return Drawn(_verify_greedy(rows, begin, piece))
@@ -98,6 +102,13 @@ def _draw_slice(rows: Logits, begin: int, piece: Slice) -> Drawn:
         return Drawn((), exc.reason)
     token = _sample_one(rows.values[begin : begin + 1], row)
     return _verify(rows, begin, piece, token) if token is not None else Drawn((), "sampling_failed")
+
+
+def _draw_forks(rows: Logits, row: int, piece: Slice) -> Drawn:
+    """Of one distribution, a token for each choice."""
+    asked = [replace(_row(piece, 0), choice=fork.choice) for fork in piece.sequence.forks]
+    tokens = _sample_each(rows.values[row].expand(len(asked), -1), asked)
+    return Drawn((), forks=tuple(Drawn((), "sampling_failed") if t is None else Drawn((t,)) for t in tokens))
 
 
 def _verify_greedy(rows: Logits, begin: int, piece: Slice) -> tuple[SampledToken, ...]:

@@ -107,6 +107,8 @@ class Lanes:
     def decode(self, sequence: Sequence) -> None:
         """From now on it is one of `decoding`."""
         sequence.is_decoding = True
+        self.seq_ids[sequence.lane] = sequence.spec.seq_id  # of several choices, it may have become one meanwhile
+        self.update(sequence)
         self._is_decoding[sequence.lane] = True
         self._decoding = None
 
@@ -161,6 +163,7 @@ class Lanes:
             assert self.room[lane] == len(ids) * self.block_size >= sequence.num_computed
             assert self.commits_at[lane] == (sequence.num_committed_blocks + 1) * self.block_size
             assert self._is_decoding[lane] == sequence.is_decoding
+            assert self.seq_ids[lane] == sequence.spec.seq_id
         assert self.at(self.decoding.lanes) == [s for s in taken if s.is_decoding]
 
 

@@ -25,6 +25,7 @@ class Reservation:
     spec: SequenceSpec
     block_ids: list[BlockId]
     num_pinned: int
+    num_lanes: int  # one for each choice
 
 
 class Lending:
@@ -48,7 +49,8 @@ class Lending:
         size = self._block_size
         wanted = -(-spec.num_tokens // size)
         with self._lock:
-            if self._scheduler.num_free_lanes < 1:
+            num_lanes = min(len(spec.choices), self._scheduler.budget.max_running)
+            if self._scheduler.num_free_lanes < num_lanes:
                 return None
             pinned = self._blocks.match(spec.block_hashes[: (spec.num_tokens - 1) // size])
             num_left = self._blocks.num_available - (wanted - len(pinned))
@@ -56,8 +58,8 @@ class Lending:
             if rest is None or num_left < len(self._scheduler.running):
                 self._blocks.release([*pinned, *(rest or ())])
                 return None
-            self._scheduler.num_reserved += 1
-        return Reservation(spec, [*pinned, *rest], len(pinned))
+            self._scheduler.num_reserved += num_lanes
+        return Reservation(spec, [*pinned, *rest], len(pinned), num_lanes)
 
     def commit(self, reservation: Reservation, first_block: int, num_blocks: int, names: Seq[BlockHash]) -> None:
         """Blocks [first_block, first_block + num_blocks) of a reservation were verified and written; full ones get shareable."""
@@ -69,6 +71,6 @@ class Lending:
     def forfeit(self, reservation: Reservation) -> None:
         """Gives a reservation's blocks back; nothing joins."""
         with self._lock:
-            self._scheduler.num_reserved -= 1
+            self._scheduler.num_reserved -= reservation.num_lanes
             self._blocks.release(reservation.block_ids)
         reservation.block_ids = []

@@ -6,6 +6,7 @@ size, and all of it resident, from the start. Block 0 .. num_blocks-1 are `block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from splitfire.core.layout import KvLayout
 from splitfire.engine import memory
+from splitfire.engine.blocks import BlockCopy
 
 TORCH_DTYPES = {
     "bf16": torch.bfloat16,
@@ -47,6 +49,11 @@ class KvPool:
             self.raw = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
         self.elements = elements_of(self.raw, layout)
         self.scales = scales_of(self.raw, layout) if layout.is_quantised else None
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """All layers of some blocks to others."""
+        if copies:
+            self.raw[[c.target for c in copies]] = self.raw[[c.source for c in copies]]
 
     def layer(self, layer: int) -> LayerCache:
         return LayerCache(self.elements[:, layer], None if self.scales is None else self.scales[:, layer])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from splitfire.core.lifecycle import Seq, SeqEvent
-from splitfire.engine.blocks import BlockPool
+from splitfire.engine.blocks import BlockCopy, BlockPool
 from splitfire.engine.drafting import Draft
 from splitfire.engine.lanes import Decoding, Lanes
 from splitfire.engine.sequence import Purpose, SeqId, Sequence
@@ -105,10 +105,25 @@ class Scheduler:
         self._num_queued_tokens += sequence.num_tokens
 
     def join(self, sequence: Sequence) -> None:
-        """A sequence whose blocks arrived from elsewhere, into the lane promised to it; it decodes from the next step on."""
-        self.num_reserved -= 1
+        """A sequence whose blocks arrived from elsewhere; it decodes from the next step on."""
         self._run(sequence)
         self.lanes.decode(sequence)
+
+    def fork(self, source: Sequence, other: Sequence) -> list[BlockCopy]:
+        """`other` shares the full blocks of the prompt it has in common with `source`, gets a copy of the last one if that is not
+        full, because both will write into it, and decodes from the next step on. Where there is no room for that, it waits as if
+        it had been preempted."""
+        full = source.num_committed_blocks
+        partial = source.block_ids[full : -(-source.num_computed // source.block_size)]
+        own = self.pool.allocate(len(partial)) if self.num_free_lanes > 0 else None
+        if own is None:
+            self.add(other)
+            return []
+        self.pool.share(source.block_ids[:full])
+        other.block_ids = [*source.block_ids[:full], *own]
+        other.num_committed_blocks = full
+        self.join(other)
+        return [BlockCopy(*pair) for pair in zip(partial, own, strict=True)]
 
     def finish(self, sequence: Sequence) -> None:
         """Takes the sequence out, whatever its state, and gives its blocks back."""

@@ -7,7 +7,7 @@ only those that turn out to be what the sampler draws become tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NewType
 
@@ -28,8 +28,17 @@ class Purpose(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """One of several choices that share a prompt."""
+
+    seq_id: SeqId
+    choice: int
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSpec:
-    """What an engine is asked for. `output` are tokens another attempt already produced."""
+    """What an engine is asked for. `output` are tokens another attempt already produced. With `forks`, it is several choices as far
+    as their prompt goes: `choice` says nothing then, and with the first token of each the sequence becomes these."""
 
     seq_id: SeqId
     prompt: tuple[int, ...]
@@ -43,10 +52,20 @@ class SequenceSpec:
     priority: int = 0  # higher goes first
     predicted: tuple[int, ...] = ()  # what the output will resemble, if the client knows
     grammar: Grammar | None = None  # what the output must match
+    forks: tuple[Fork, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def choices(self) -> tuple[Fork, ...]:
+        """One or several."""
+        return self.forks or (Fork(self.seq_id, self.choice),)
+
+    def alone(self, fork: Fork) -> SequenceSpec:
+        """One of its choices for itself."""
+        return replace(self, seq_id=fork.seq_id, choice=fork.choice, forks=())
 
 
 class Sequence:
@@ -58,6 +77,7 @@ class Sequence:
         self.arrival = arrival
         self.block_size = block_size
         self.state = Seq.WAITING
+        self.forks = list(spec.forks)  # those still wanted
         self.tokens: list[int] = [*spec.prompt, *spec.output]
         self.lane = -1  # while RUNNING
         self.is_decoding = False  # only the newest token is missing, and it is one that was sampled here or handed over
@@ -107,6 +127,21 @@ class Sequence:
         ):
             return None
         return len(self.spec.prompt) + (stopping.min_tokens if stopping.stop_token_ids else 0)
+
+    def fork(self, fork: Fork, token: int, arrival: int) -> Sequence:
+        """Another choice of the same prompt, with its own first token. It has no blocks yet."""
+        other = Sequence(self.spec.alone(fork), arrival, self.block_size)
+        other.tokens = [*self.tokens[: self.num_computed], token]
+        other.num_cached = self.num_cached
+        other.times = self.times
+        other._names = self._names[: self.num_committed_blocks]
+        return other
+
+    def become(self, fork: Fork, token: int) -> None:
+        """One of its own choices; the others have been forked off."""
+        self.spec = self.spec.alone(fork)
+        self.forks = []
+        self.tokens.append(token)
 
     def advance(self, event: SeqEvent) -> None:
         self.state = advance(SEQUENCE, self.state, event)

@@ -27,6 +27,7 @@ class SequenceUpdate:
     error: str = ""  # the sequence failed alone
     num_cached: int = 0
     times: SequenceTimes | None = None  # with the first token
+    forks: tuple[SequenceUpdate, ...] = ()  # of a PREFILL sequence that is several choices, when its prompt is computed
 
 
 @dataclass(frozen=True, slots=True)

@@ -408,6 +408,7 @@ class Submit(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    MORE_CHOICES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
@@ -431,6 +432,12 @@ class Submit(_message.Message):
     @_builtins.property
     def output_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """already streamed to the client"""
+
+    @_builtins.property
+    def more_choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Further choices of the request in this attempt: one prompt, one hand-off, forked when the first token of each is drawn. From
+        then on each is sent, finished, refused and cancelled by its number.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___ResolvedSampling: ...
@@ -461,6 +468,7 @@ class Submit(_message.Message):
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         output_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         choice: _builtins.int = ...,
+        more_choices: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___ResolvedSampling | None = ...,
         stopping: Global___ResolvedStopping | None = ...,
         priority: _inference_pb2.Priority.ValueType = ...,
@@ -473,7 +481,7 @@ class Submit(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "handoff", b"handoff", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "cache_salt", b"cache_salt", "choice", b"choice", "grammar", b"grammar", "handoff", b"handoff", "output_token_ids", b"output_token_ids", "part", b"part", "predicted_token_ids", b"predicted_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "block_hashes", b"block_hashes", "cache_salt", b"cache_salt", "choice", b"choice", "grammar", b"grammar", "handoff", b"handoff", "more_choices", b"more_choices", "output_token_ids", b"output_token_ids", "part", b"part", "predicted_token_ids", b"predicted_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -639,19 +647,25 @@ class Cancel(_message.Message):
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     reason: _builtins.str
+    choice: _builtins.int
+    """not set: all of them"""
     def __init__(
         self,
         *,
         attempt: _builtins.int = ...,
         reason: _builtins.str = ...,
+        choice: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "choice", b"choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "attempt", b"attempt", "choice", b"choice", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__choice: _TypeAlias = _typing.Literal["choice"]  # noqa: Y015
+    _WhichOneofArgType__choice: _TypeAlias = _typing.Literal["_choice", b"_choice"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__choice) -> _WhichOneofReturnType__choice | None: ...
 
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
@@ -794,6 +808,7 @@ class SequenceOutput(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     offset: _builtins.int
     """of the first token id, among all output tokens"""
@@ -801,6 +816,7 @@ class SequenceOutput(_message.Message):
     """that a drafter proposed and a step verified, since the frame before"""
     accepted_draft_tokens: _builtins.int
     """of those, among the tokens of the frame"""
+    choice: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -819,10 +835,11 @@ class SequenceOutput(_message.Message):
         timing: Global___WorkerTiming | None = ...,
         draft_tokens: _builtins.int = ...,
         accepted_draft_tokens: _builtins.int = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "attempt", b"attempt", "draft_tokens", b"draft_tokens", "logprobs", b"logprobs", "offset", b"offset", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "attempt", b"attempt", "choice", b"choice", "draft_tokens", b"draft_tokens", "logprobs", b"logprobs", "offset", b"offset", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -862,10 +879,13 @@ class Finished(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_FIELD_NUMBER: _builtins.int
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     reason: _inference_pb2.FinishReason.ValueType
     transfer_id: _builtins.bytes
     """from a prefill worker: the hand-off by which the prompt's KV went"""
+    choice: _builtins.int
+    """whose end this is, when there is a reason"""
     @_builtins.property
     def timing(self) -> Global___WorkerTiming: ...
     @_builtins.property
@@ -878,10 +898,11 @@ class Finished(_message.Message):
         timing: Global___WorkerTiming | None = ...,
         kv_transfer: _inference_pb2.KvTransfer | None = ...,
         transfer_id: _builtins.bytes = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_transfer", b"kv_transfer", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "kv_transfer", b"kv_transfer", "reason", b"reason", "timing", b"timing", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "choice", b"choice", "kv_transfer", b"kv_transfer", "reason", b"reason", "timing", b"timing", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -899,6 +920,7 @@ class Refused(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     IS_RETRYABLE_FIELD_NUMBER: _builtins.int
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     IS_HELD_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     code: _builtins.int
@@ -908,6 +930,8 @@ class Refused(_message.Message):
     is_retryable: _builtins.bool
     transfer_id: _builtins.bytes
     """the hand-off that failed, when `is_held`"""
+    choice: _builtins.int
+    """not set: all of them"""
     is_held: _builtins.bool
     """a prefill worker still has the prompt's KV, or computes it: Redirect or Cancel follows, or it lets go"""
     def __init__(
@@ -919,13 +943,16 @@ class Refused(_message.Message):
         message: _builtins.str = ...,
         is_retryable: _builtins.bool = ...,
         transfer_id: _builtins.bytes = ...,
+        choice: _builtins.int | None = ...,
         is_held: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "choice", b"choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "code", b"code", "is_held", b"is_held", "is_retryable", b"is_retryable", "message", b"message", "reason", b"reason", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice", b"_choice", "attempt", b"attempt", "choice", b"choice", "code", b"code", "is_held", b"is_held", "is_retryable", b"is_retryable", "message", b"message", "reason", b"reason", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__choice: _TypeAlias = _typing.Literal["choice"]  # noqa: Y015
+    _WhichOneofArgType__choice: _TypeAlias = _typing.Literal["_choice", b"_choice"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__choice) -> _WhichOneofReturnType__choice | None: ...
 
 Global___Refused: _TypeAlias = Refused  # noqa: Y015
 

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -59,8 +59,8 @@ class EngineHost:
     def add(self, spec: SequenceSpec) -> None:
         self._command(lambda: self.engine.add(spec))
 
-    def join(self, reservation: Reservation, first_token: int) -> None:
-        self._command(lambda: self.engine.join(reservation, first_token))
+    def join(self, reservation: Reservation, first_tokens: Mapping[SeqId, int]) -> None:
+        self._command(lambda: self.engine.join(reservation, first_tokens))
 
     def finish(self, seq_id: SeqId) -> None:
         self._command(lambda: self.engine.finish(seq_id))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 from kvtransfer.peers import PeerAddress
@@ -11,10 +11,11 @@ from splitfire.core.errors import ExceedsContext, ExceedsPool, Internal, Invalid
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.hashing import HASH_BYTES, BlockHash, chain_root
 from splitfire.core.layout import KvLayout
+from splitfire.core.limits import MAX_N
 from splitfire.core.ranges import check_sampling, check_stopping, check_token_ids, require
 from splitfire.core.wire import sampling_from_wire, stopping_from_wire
 from splitfire.engine.kernels.sample import SampledToken
-from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
+from splitfire.engine.sequence import Fork, Purpose, SeqId, SequenceSpec
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 _seq_ids = itertools.count()
@@ -47,7 +48,8 @@ class Handoff:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One attempt. `received_at` is this process's monotonic clock; worker timings count from it."""
+    """One attempt, of one choice or of several that share their prompt. `received_at` is this process's monotonic clock; worker
+    timings count from it."""
 
     replies: Replies
     attempt: int
@@ -57,10 +59,24 @@ class Job:
     traceparent: str
     request_id: str
     received_at: float
+    is_member: bool = False  # one choice of several
+
+    @property
+    def choice(self) -> int:
+        return self.spec.choice
+
+    def members(self) -> tuple[Job, ...]:
+        """Each choice for itself."""
+        if not self.spec.forks:
+            return (self,)
+        return tuple(replace(self, spec=self.spec.alone(fork), is_member=True) for fork in self.spec.forks)
 
     def refuse(self, error: SplitfireError, *, is_retryable: bool | None = None) -> None:
         retry = error.is_retryable if is_retryable is None else is_retryable
-        self.replies.refused(refusal(self.attempt, error, is_retryable=retry))
+        refused = refusal(self.attempt, error, is_retryable=retry)
+        if self.is_member:
+            refused.choice = self.choice
+        self.replies.refused(refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +122,10 @@ class JobTable(Generic[Record]):
     def remove(self, record: Record) -> None:
         self._records.pop(record.job.spec.seq_id, None)
 
-    def of(self, replies: Replies, attempt: int | None) -> list[Record]:
-        """Those of one router: one attempt, or (None) all."""
-        return [r for r in self._records.values() if r.job.replies is replies and attempt in (None, r.job.attempt)]
+    def of(self, replies: Replies, attempt: int | None, choice: int | None = None) -> list[Record]:
+        """Those of one router: one attempt, or (None) all; of an attempt one choice, or (None) all."""
+        mine = [r for r in self._records.values() if r.job.replies is replies and attempt in (None, r.job.attempt)]
+        return [r for r in mine if choice in (None, r.job.choice)]
 
 
 def failure(reason: str) -> SplitfireError:
@@ -152,6 +169,9 @@ def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, rece
     full = (len(prompt) + len(output)) // limits.layout.block_size
     if len(hashes) not in (0, full) or any(len(h) != HASH_BYTES for h in hashes):
         raise InvalidInput("block_hashes", f"{len(hashes)} of them do not fit {len(prompt) + len(output)} tokens")
+    choices = (submit.choice, *submit.more_choices)
+    if len(set(choices)) < len(choices) or len(choices) > MAX_N or (output and len(choices) > 1):
+        raise InvalidInput("more_choices", f"{choices} are not at most {MAX_N} different ones without a token yet")
     spec = SequenceSpec(
         seq_id=SeqId(next(_seq_ids)),
         prompt=prompt,
@@ -163,7 +183,11 @@ def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, rece
         hash_root=chain_root(submit.cache_salt, limits.fingerprint.digest, ""),
         block_hashes=hashes,
         priority=submit.priority,
+<<<<<<< HEAD
         predicted=predicted,
+=======
+        forks=tuple(Fork(SeqId(next(_seq_ids)), choice) for choice in choices) if submit.more_choices else (),
+>>>>>>> a60a243 (Several choices of one prompt are one sequence until their first tokens, then forks that share its full blocks)
     )
     handoff = handoff_from_wire(submit.handoff, limits.transport) if submit.HasField("handoff") else None
     return Job(replies, submit.attempt, submit.part, spec, handoff, submit.traceparent, submit.request_id, received_at)

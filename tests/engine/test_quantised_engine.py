@@ -60,7 +60,7 @@ def hand_off(
     target.lending.commit(reservation, 0, len(update.block_ids), spec.block_hashes)
     [first] = update.tokens
     ids: list[int] = list(reservation.block_ids)
-    target.join(reservation, first.token_id)
+    target.join(reservation, {spec.seq_id: first.token_id})
     return ids
 
 
@@ -164,7 +164,9 @@ def test_kv_that_is_not_finite_ends_its_own_sequence_only(llama: Transformer) ->
     engine.add(bad)
     updates = list(engine.step().updates)
     assert engine.runner.pool.scales is not None
-    engine.runner.pool.scales[engine._sequences[bad.seq_id].block_ids[0], 1, 0, 0, 3] = torch.nan
+    sequence = engine._sequences.get(bad.seq_id)
+    assert sequence is not None
+    engine.runner.pool.scales[sequence.block_ids[0], 1, 0, 0, 3] = torch.nan
     updates += drain(engine)
     assert [u.error for u in updates if u.seq_id == bad.seq_id and u.is_finished] == ["nonfinite_logits"]
     assert tokens_of(updates, good) == expected

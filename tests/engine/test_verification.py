@@ -346,7 +346,7 @@ def test_a_sequence_that_joins_enters_with_drafts(pico: Transformer) -> None:
     assert reservation is not None
     engine.runner.pool.elements[list(reservation.block_ids)] = source.runner.pool.elements[list(update.block_ids)]
     engine.lending.commit(reservation, 0, len(reservation.block_ids), spec.block_hashes)
-    engine.join(reservation, update.tokens[0].token_id)
+    engine.join(reservation, {spec.seq_id: update.tokens[0].token_id})
     result = engine.step()
     assert result.num_rows == 8
     assert [t.token_id for t in result.updates[0].tokens] == answers[spec.seq_id][1:9]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from zlib import crc32
@@ -271,8 +271,8 @@ class SimHost:
     def add(self, spec: SequenceSpec) -> None:
         self._command(lambda: self.engine.add(spec))
 
-    def join(self, reservation: Reservation, first_token: int) -> None:
-        self._command(lambda: self.engine.join(reservation, first_token))
+    def join(self, reservation: Reservation, first_tokens: Mapping[SeqId, int]) -> None:
+        self._command(lambda: self.engine.join(reservation, first_tokens))
 
     def finish(self, seq_id: SeqId) -> None:
         self._command(lambda: self.engine.finish(seq_id))
