@@ -5,7 +5,7 @@ Touches only RESERVED blocks, which no running sequence can see; `join` is the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -15,20 +15,21 @@ from kvtransfer.receiver import Receiver
 from splitfire.core.hashing import hash_blocks
 from splitfire.engine.kernels.pack import unpack
 from splitfire.engine.lending import Reservation
+from splitfire.engine.sequence import SeqId
 from splitfire.v1 import kv_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Handoff, Job
 
 
 class Intake:
-    """Ends with exactly one call: `on_joined` (the engine has the sequence) or `on_failed` (nothing is held)."""
+    """Ends with exactly one call: `on_joined` (the engine gets what this returns) or `on_failed` (nothing is held)."""
 
     def __init__(
         self,
         context: WorkerContext,
         job: Job,
         handoff: Handoff,
-        on_joined: Callable[[Intake, kv_pb2.FirstToken], None],
+        on_joined: Callable[[Intake, Mapping[SeqId, kv_pb2.FirstToken]], Sequence[SeqId]],
         on_failed: Callable[[Intake, str, bool], None],
     ) -> None:
         self.job = job
@@ -83,17 +84,17 @@ class Intake:
     def ready(self, first_tokens: Sequence[kv_pb2.FirstToken]) -> None:
         reservation = self._reservation
         assert reservation is not None
-        spec = self.job.spec
-        first = next((t for t in first_tokens if t.choice == spec.choice), None)
-        if (
-            first is None
-            or first.offset != len(spec.output)
-            or first.token_id >= self._context.host.engine.runner.model.config.vocab_size
-        ):
+        spec, vocab_size = self.job.spec, self._context.host.engine.runner.model.config.vocab_size
+        good = {t.choice: t for t in first_tokens if t.offset == len(spec.output) and t.token_id < vocab_size}
+        firsts = {fork.seq_id: good[fork.choice] for fork in spec.choices if fork.choice in good}
+        if not firsts:
             self.closed("bad_first_token", is_retryable=True)
             return
-        self._on_joined(self, first)
-        self._context.host.join(reservation, first.token_id)
+        joining = self._on_joined(self, firsts)
+        if joining:
+            self._context.host.join(reservation, {seq_id: firsts[seq_id].token_id for seq_id in joining})
+        else:
+            self.revoked()
 
     def revoked(self) -> None:
         if self._reservation is not None:

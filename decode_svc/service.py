@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from decode_svc.intake import Intake
@@ -16,7 +17,7 @@ from splitfire.worker.job import Job, JobTable, Replies, failure, logprobs_to_wi
 
 @dataclass(slots=True)
 class _Decode:
-    """A job that waits for its KV has an `intake`; one that generates has `began`."""
+    """One choice. One that waits for its KV has an `intake`, which choices of one prompt share; one that generates has `began`."""
 
     job: Job
     intake: Intake | None = None
@@ -42,21 +43,22 @@ class DecodeService:
         return seq_id in self._decodes
 
     def submit(self, job: Job) -> None:
-        decode = _Decode(job)
-        self._decodes.add(decode)
-        if job.part == fleet_pb2.PART_WHOLE:
+        if job.part == fleet_pb2.PART_DECODE and job.handoff is None:
+            raise SplitfireError("a decode part needs a handoff", reason="invalid_handoff")
+        decodes = [_Decode(member) for member in job.members()]
+        for decode in decodes:
+            self._decodes.add(decode)
+        if job.handoff is None:
             self._context.host.add(job.spec)
-        elif job.handoff is None:
-            self._drop(decode)
-            job.refuse(SplitfireError("a decode part needs a handoff", reason="invalid_handoff"))
-        else:
-            try:
-                intake = Intake(self._context, job, job.handoff, self._on_joined, self._on_failed)
-            except Exception:
+            return
+        try:
+            intake = Intake(self._context, job, job.handoff, self._on_joined, self._on_failed)
+        except Exception:
+            for decode in decodes:
                 self._decodes.remove(decode)
-                raise
-            if job.spec.seq_id in self._decodes:  # an offer that had come before may have failed already
-                decode.intake = intake
+            raise
+        for decode in decodes:  # an offer that had come before may have ended it already
+            decode.intake = intake
 
     def on_started(self, seq_id: SeqId) -> None:
         """Nothing to do: the first update carries the times."""
@@ -84,8 +86,9 @@ class DecodeService:
         if decode.began is None:
             self.on_update(plain_update(seq_id, offset, token_id))
         else:
-            attempt = decode.job.attempt
-            decode.job.replies.output(fleet_pb2.SequenceOutput(attempt=attempt, offset=offset, token_ids=(token_id,)))
+            job = decode.job
+            output = fleet_pb2.SequenceOutput(attempt=job.attempt, choice=job.choice, offset=offset, token_ids=(token_id,))
+            job.replies.output(output)
 
     def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
         decode = self._decodes.get(seq_id)
@@ -93,14 +96,15 @@ class DecodeService:
             self._drop(decode)
             decode.job.refuse(error)
 
-    def cancel(self, replies: Replies, attempt: int | None) -> None:
-        for decode in self._decodes.of(replies, attempt):
+    def cancel(self, replies: Replies, attempt: int | None, choice: int | None = None) -> None:
+        for decode in self._decodes.of(replies, attempt, choice):
             self._drop(decode)
 
     def _output(self, decode: _Decode, update: SequenceUpdate) -> fleet_pb2.SequenceOutput:
         job = decode.job
         output = fleet_pb2.SequenceOutput(
             attempt=job.attempt,
+            choice=job.choice,
             offset=update.offset,
             token_ids=[token.token_id for token in update.tokens],
             logprobs=[logprobs for token in update.tokens if (logprobs := logprobs_to_wire(token)) is not None],
@@ -150,29 +154,37 @@ class DecodeService:
             {"splitfire.request_id": job.request_id, "gen_ai.usage.output_tokens": num_tokens},
         )
         reason = inference_pb2.FINISH_REASON_STOP if update.stopped else inference_pb2.FINISH_REASON_LENGTH
-        finished = fleet_pb2.Finished(attempt=job.attempt, reason=reason, timing=timing)
+        finished = fleet_pb2.Finished(attempt=job.attempt, choice=job.choice, reason=reason, timing=timing)
         if decode.kv_transfer is not None:
             finished.kv_transfer.CopyFrom(decode.kv_transfer)
         job.replies.finished(finished)
 
-    def _on_joined(self, intake: Intake, first: kv_pb2.FirstToken) -> None:
-        decode = self._decodes.get(intake.job.spec.seq_id)
-        assert decode is not None  # a record goes only after its intake
-        decode.intake, decode.first, decode.joined_at = intake, first, self._context.clock()
+    def _on_joined(self, intake: Intake, firsts: Mapping[SeqId, kv_pb2.FirstToken]) -> list[SeqId]:
+        """Choices that go on here. One without a first token ended with it, and is cancelled already, or soon."""
         receiver = intake.receiver
         self._context.tally.received(receiver.bytes_received)
-        decode.kv_transfer = inference_pb2.KvTransfer(
+        kv_transfer = inference_pb2.KvTransfer(
             transport=self._context.agent.transport.name,
             bytes=receiver.bytes_received,
             blocks=receiver.num_blocks_received,
             duration_s=max(0.0, (receiver.done_at or 0.0) - (receiver.wanted_at or receiver.done_at or 0.0)),
         )
+        joining = []
+        for decode in self._waiting_for(intake):
+            job = decode.job
+            first = firsts.get(job.spec.seq_id)
+            if first is None:
+                self._decodes.remove(decode)
+                job.refuse(Unavailable("the hand-off brought no first token", reason="bad_first_token"))
+                continue
+            joining.append(job.spec.seq_id)
+            decode.intake, decode.first, decode.joined_at, decode.kv_transfer = intake, first, self._context.clock(), kv_transfer
+        return joining
 
     def _on_failed(self, intake: Intake, reason: str, is_retryable: bool) -> None:
         job = intake.job
         self._context.tally.not_received(reason)
-        decode = self._decodes.get(job.spec.seq_id)
-        if decode is not None:
+        for decode in self._waiting_for(intake):
             self._decodes.remove(decode)
         if reason == WITHDRAWN:  # the prefill worker has told the router why
             return
@@ -190,8 +202,13 @@ class DecodeService:
     def _drop(self, decode: _Decode) -> None:
         """Ends a job without a reply; what it holds is free now, or with the engine's next turn."""
         self._decodes.remove(decode)
-        if decode.intake is not None and decode.joined_at is None:
+        if decode.intake is None or decode.joined_at is not None:
+            self._context.host.finish(decode.job.spec.seq_id)
+        elif not self._waiting_for(decode.intake):  # the last of its prompt's choices
             self._context.tally.not_received(WITHDRAWN)
             decode.intake.cancel()
-        else:
-            self._context.host.finish(decode.job.spec.seq_id)
+
+    def _waiting_for(self, intake: Intake) -> list[_Decode]:
+        """Choices that are still wanted of those that share it."""
+        known = (self._decodes.get(fork.seq_id) for fork in intake.job.spec.choices)
+        return [decode for decode in known if decode is not None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kvtransfer.protocol import WITHDRAWN
 from kvtransfer.sender import Outcome
 from prefill_svc.gate import Claim, HoldGate
-from prefill_svc.ship import BlockShipment, Computed
+from prefill_svc.ship import BlockShipment, Computed, first_token
 from splitfire.core import limits
 from splitfire.core.errors import InvalidInput, Mismatch, SplitfireError, Unavailable
 from splitfire.engine.sequence import SeqId, SequenceTimes
@@ -20,10 +20,12 @@ from splitfire.worker.job import Handoff, Job, JobTable, Replies, failure, logpr
 
 @dataclass(slots=True)
 class _Prefill:
-    """`shipment` is None before the first chunk and while a lost hand-off waits for the router to name another receiver."""
+    """A prompt, of one choice or several. `shipment` is None before the first chunk and while a lost hand-off waits for the router to
+    name another receiver."""
 
     job: Job
     handoff: Handoff | None
+    choices: dict[SeqId, Job]  # those still wanted
     has_begun: bool = False  # its first chunk
     computed: Computed = field(default_factory=Computed)
     shipment: BlockShipment | None = None
@@ -48,7 +50,7 @@ class PrefillService:
     def submit(self, job: Job) -> None:
         if job.handoff is None and job.spec.stopping.max_tokens - len(job.spec.output) > 1:
             raise InvalidInput("handoff", "a prompt with more than one token to follow needs one")
-        prefill = _Prefill(job, job.handoff)
+        prefill = _Prefill(job, job.handoff, {member.spec.seq_id: member for member in job.members()})
         self._prefills.add(prefill)
         if job.handoff is None:
             self._context.host.add(job.spec)
@@ -88,16 +90,17 @@ class PrefillService:
             self._end(prefill)
             job.refuse(failure(update.error))
             return
+        firsts = [first for first in update.forks or (update,) if first.seq_id in prefill.choices]
+        going_on = [first for first in firsts if first.tokens and not first.is_finished]
         if not update.is_finished:
-            prefill.computed = Computed.of(job, update)
+            told = [first_token(prefill.choices[first.seq_id].choice, first) for first in going_on]
+            prefill.computed = Computed(update.num_computed, update.block_ids, told)
             if prefill.shipment is not None:
                 prefill.shipment.advance(prefill.computed)  # before the token: decode's answer is waited for
-        if update.tokens:
-            self._send_first_token(job, update)
-        if update.is_finished:  # the first token ends the request, or nothing was to follow
+        for first in firsts:
+            self._send_first(prefill, first)
+        if update.is_finished or not prefill.choices:
             self._end(prefill)
-            reason = inference_pb2.FINISH_REASON_STOP if update.stopped else inference_pb2.FINISH_REASON_LENGTH
-            job.replies.finished(fleet_pb2.Finished(attempt=job.attempt, reason=reason))
 
     def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
         prefill = self._prefills.get(seq_id)
@@ -105,9 +108,11 @@ class PrefillService:
             self._end(prefill)
             prefill.job.refuse(error)
 
-    def cancel(self, replies: Replies, attempt: int | None) -> None:
+    def cancel(self, replies: Replies, attempt: int | None, choice: int | None = None) -> None:
         for prefill in self._prefills.of(replies, attempt):
-            self._end(prefill)
+            prefill.choices = {i: job for i, job in prefill.choices.items() if choice not in (None, job.choice)}
+            if not prefill.choices:
+                self._end(prefill)
 
     # -- ShipmentOwner
 
@@ -184,6 +189,19 @@ class PrefillService:
         self._end(prefill)
         prefill.job.refuse(Unavailable("nobody took the prompt in time", reason="handoff_hold_expired"))
 
+    def _send_first(self, prefill: _Prefill, first: SequenceUpdate) -> None:
+        """To the router: a choice's first token, and its end if it has none or that ends it."""
+        job = prefill.choices[first.seq_id]
+        if first.tokens:
+            self._send_first_token(job, first)
+        if first.error:
+            job.refuse(failure(first.error))
+        elif first.is_finished:
+            reason = inference_pb2.FINISH_REASON_STOP if first.stopped else inference_pb2.FINISH_REASON_LENGTH
+            job.replies.finished(fleet_pb2.Finished(attempt=job.attempt, choice=job.choice, reason=reason))
+        if first.is_finished:
+            del prefill.choices[first.seq_id]
+
     def _send_first_token(self, job: Job, update: SequenceUpdate) -> None:
         [token], times, context = update.tokens, update.times, self._context
         assert times is not None
@@ -191,6 +209,7 @@ class PrefillService:
         logprobs = logprobs_to_wire(token)
         output = fleet_pb2.SequenceOutput(
             attempt=job.attempt,
+            choice=job.choice,
             offset=update.offset,
             token_ids=[token.token_id],
             logprobs=[logprobs] if logprobs is not None else [],

@@ -26,20 +26,13 @@ class Computed:
 
     num_tokens: int = 0
     block_ids: Sequence[int] = ()
-    first: kv_pb2.FirstToken | None = None  # with it the prompt is complete
+    firsts: Sequence[kv_pb2.FirstToken] = ()  # of the choices that go on; with them the prompt is complete
 
-    @classmethod
-    def of(cls, job: Job, update: SequenceUpdate) -> Computed:
-        first = None
-        if update.tokens:
-            [token] = update.tokens
-            first = kv_pb2.FirstToken(
-                choice=job.spec.choice,
-                offset=update.offset,
-                token_id=token.token_id,
-                logprobs=logprobs_to_wire(token),
-            )
-        return cls(update.num_computed, update.block_ids, first)
+
+def first_token(choice: int, update: SequenceUpdate) -> kv_pb2.FirstToken:
+    """What decode is told of a choice."""
+    [token] = update.tokens
+    return kv_pb2.FirstToken(choice=choice, offset=update.offset, token_id=token.token_id, logprobs=logprobs_to_wire(token))
 
 
 class ShipmentOwner(Protocol):
@@ -68,8 +61,8 @@ class BlockShipment:
         """More of the prompt is there."""
         self._computed = computed
         self.sender.computed(computed.num_tokens)
-        if computed.first is not None:
-            self.sender.finish([computed.first])
+        if computed.firsts:
+            self.sender.finish(computed.firsts)
 
     def withdraw(self, reason: str) -> None:
         """The transfer is not needed any more. `on_closed` is called before this returns, unless it was before."""

@@ -27,12 +27,13 @@ class AdmissionLimits:
 
 @dataclass(eq=False, slots=True)
 class Ticket(Generic[Room]):
-    """One choice of one request that wants to start. `start` is called with the room it got, `expire` when it may not."""
+    """One choice of a request, or all of them, that want to start. `start` is called with the room they got and returns how many
+    start with it, `expire` when they may not."""
 
     priority: int
     num_bytes: int
     find_room: Callable[[], Room | None]
-    start: Callable[[Room], None]
+    start: Callable[[Room], int]
     expire: Callable[[Exhausted], None]
     arrived: float = 0.0
     order: int = field(default=0)
@@ -93,5 +94,5 @@ class Admission(Generic[Room]):
             if room is None:
                 return
             self.withdraw(ticket)
-            self.num_running += 1
-            ticket.start(room)
+            self.num_running += 1  # nobody else takes its place meanwhile
+            self.num_running += ticket.start(room) - 1

@@ -1,4 +1,5 @@
-"""One try of one choice at the workers it was placed on: their frames in, one end out.
+"""One try of a choice, or of several that share their prompt, at the workers it was placed on: their frames in, one end out for
+each choice.
 
 A hand-off that fails while the prompt is still held costs no attempt: the prompt goes to another decode worker, at most
 MAX_REDIRECTS times, and nothing is computed again.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -26,40 +27,73 @@ WORKERS_WORD = (Code.INVALID_ARGUMENT, Code.UNIMPLEMENTED, Code.FAILED_PRECONDIT
 
 
 class Attempt:
-    """One try of one choice at the workers it was placed on. Ends once, with None (finished) or the error. `find_decode` names
+    """One try at the workers it was placed on. Ends once for each choice, with None (finished) or the error. `find_decode` names
     another decode worker for its prompt, and sends it there."""
 
     def __init__(
-        self, choice: Choice, placement: Placement, fleet: Fleet, vocab_size: int, find_decode: Callable[[Attempt], bool]
+        self,
+        choices: Sequence[Choice],
+        placement: Placement,
+        fleet: Fleet,
+        vocab_size: int,
+        find_decode: Callable[[Attempt], bool],
     ) -> None:
-        self.choice = choice
+        self.choices = {choice.index: choice for choice in choices}  # those that have not ended
         self.placement = placement
+        self.is_dispatched = False
         self.transfer_id = b""  # of the hand-off under way
-        self.ended: asyncio.Future[SplitfireError | None] = asyncio.get_running_loop().create_future()
-        self.resumed_at = len(choice.ids)
+        self.resumed_at = len(choices[0].ids)  # where there are several, none has a token yet
+        loop = asyncio.get_running_loop()
+        self._ends: dict[int, asyncio.Future[SplitfireError | None]] = {c.index: loop.create_future() for c in choices}
         self._fleet = fleet
         self._vocab_size = vocab_size
         self._find_decode = find_decode
         self._num_redirects = 0
         self._is_prefill_over = placement.prefill is None
         self._has_decoded = False
-        self.number = fleet.begin(placement, len(choice.plan.prompt) + len(choice.ids), self)
+        self.number = fleet.begin(placement, len(choices[0].plan.prompt) + self.resumed_at, self)
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.choices)
+
+    def ended(self, choice: Choice) -> asyncio.Future[SplitfireError | None]:
+        """How it ends for one of its choices."""
+        return self._ends[choice.index]
 
     def end(self, error: SplitfireError | None, cancel_reason: str | None = "attempt over") -> None:
-        """Over at every worker that still has it."""
-        if self.ended.done():
+        """Over for all, at every worker that still has it."""
+        if not self.choices:
             return
-        self.ended.set_result(error)
+        for choice in list(self.choices.values()):
+            self._close(choice, error)
         self._fleet.end(self.number, None, cancel_reason)
+
+    def leave(
+        self, choice: Choice, error: SplitfireError | None = None, reason: str = "attempt over", *, at: bytes | None = None
+    ) -> None:
+        """Over for one of its choices; a worker `at` which it ended knows."""
+        if choice.index not in self.choices:
+            return
+        self._close(choice, error)
+        if self.choices:
+            self._fleet.cancel_choice(self.number, choice.index, reason, but_at=at)
+            return
+        if at is not None:
+            self._fleet.end(self.number, at, None)
+        self._fleet.end(self.number, None, reason)
 
     # -- AttemptEvents
 
     def on_output(self, incarnation: bytes, output: fleet_pb2.SequenceOutput) -> None:
-        choice = self.choice
-        had = len(choice.ids)
-        broken = choice.append(output, self._vocab_size)
-        if broken:
-            log.error("worker broke the protocol", request_id=choice.plan.request_id, detail=broken)
+        choice = self.choices.get(output.choice)
+        if choice is None and output.choice in self._ends:
+            return  # over, and the worker does not know yet
+        had = len(choice.ids) if choice is not None else 0
+        broken = choice.append(output, self._vocab_size) if choice is not None else f"tokens for choice {output.choice}"
+        if choice is None or broken:
+            request_id = next(iter(self.choices.values())).plan.request_id
+            log.error("worker broke the protocol", request_id=request_id, detail=broken)
             self._fleet.strike(incarnation, "worker_protocol_error")
             self._fail(Unavailable("a worker broke the protocol", reason="worker_protocol_error"), incarnation)
             return
@@ -75,15 +109,18 @@ class Attempt:
         self._has_decoded |= incarnation == self.placement.decode
 
     def on_finished(self, incarnation: bytes, finished: fleet_pb2.Finished) -> None:
-        timeline = self.choice.timeline
-        timeline.worker_phases.extend(finished.timing.phases)
-        if finished.HasField("kv_transfer"):
-            timeline.kv_transfer = finished.kv_transfer
         if finished.reason != inference_pb2.FINISH_REASON_UNSPECIFIED:
-            self._fleet.end(self.number, incarnation, None)
-            self.choice.finish(finished.reason)
-            self.end(None)
+            choice = self.choices.get(finished.choice)
+            if choice is None:
+                return
+            choice.timeline.worker_phases.extend(finished.timing.phases)
+            if finished.HasField("kv_transfer"):
+                choice.timeline.kv_transfer = finished.kv_transfer
+            choice.finish(finished.reason)
+            self.leave(choice, at=incarnation)
         elif incarnation == self.placement.prefill:
+            for choice in self.choices.values():
+                choice.timeline.worker_phases.extend(finished.timing.phases)
             self._is_prefill_over = True
             self._fleet.end(self.number, incarnation, None)
             if finished.transfer_id != self.transfer_id:  # shipped, but to the worker whose loss made us redirect it
@@ -92,25 +129,22 @@ class Attempt:
     def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None:
         if refused.is_held and refused.transfer_id != self.transfer_id:
             return  # of a hand-off that was given up already
-        if not refused.is_held:
+        is_of_one = refused.HasField("choice")
+        if not refused.is_held and not is_of_one:
             self._fleet.end(self.number, incarnation, None)
         if incarnation == self.placement.prefill and (self._is_prefill_over or self._has_decoded):
             return  # decode has everything: what prefill thinks of it does not matter any more
+        error = _error_of(refused)
+        if is_of_one:
+            if (choice := self.choices.get(refused.choice)) is not None:
+                choice.failed_at.add(incarnation)
+                self.leave(choice, error, at=incarnation)
+            return
         if refused.reason in ("handoff_failed", "handoff_aborted") and self.placement.prefill and self.placement.decode:
             self._fleet.avoid_pair(self.placement.prefill, self.placement.decode)
         is_of_decode = refused.is_held or (incarnation == self.placement.decode and refused.is_retryable)
         if is_of_decode and refused.reason != "kv_digest_mismatch" and self._redirect():
             return
-        error = SplitfireError(refused.message, reason=refused.reason)
-        if refused.reason == "kv_digest_mismatch":
-            error = DataLoss(refused.message, reason=refused.reason)
-        elif refused.is_retryable:
-            error = Unavailable(refused.message, reason=refused.reason)
-        elif refused.code in WORKERS_WORD:
-            error.code = Code(refused.code)
-        else:
-            error = Internal(refused.message, reason=refused.reason)
-        error.is_retryable = refused.is_retryable
         is_of_both = refused.reason.startswith(("handoff", "kv_"))
         self._fail(error, *((self.placement.prefill, self.placement.decode) if is_of_both else (incarnation,)))
 
@@ -125,18 +159,41 @@ class Attempt:
         reason = "no_decode" if incarnation == self.placement.decode else "no_prefill"
         self._fail(Unavailable("a worker was lost", reason=reason), incarnation)
 
+    # -- inside
+
     def _redirect(self) -> bool:
         """Whether another decode worker takes the prompt, which its prefill worker still has."""
-        can_move = not (self._is_prefill_over or self._has_decoded or self.ended.done() or self.choice.is_finished)
+        is_wanted = any(not choice.is_finished for choice in self.choices.values())
+        can_move = is_wanted and not (self._is_prefill_over or self._has_decoded)
         if not can_move or self._num_redirects >= limits.MAX_REDIRECTS or not self.transfer_id:
             return False
         assert self.placement.decode is not None
-        self.choice.failed_at.add(self.placement.decode)
+        for choice in self.choices.values():
+            choice.failed_at.add(self.placement.decode)
         self._num_redirects += 1
         return self._find_decode(self)
 
     def _fail(self, error: SplitfireError, *incarnations: bytes | None) -> None:
-        """The next attempt avoids these workers, if there are others."""
-        if not self.ended.done():
-            self.choice.failed_at.update(filter(None, incarnations))
+        """The next attempts avoid these workers, if there are others."""
+        for choice in self.choices.values():
+            choice.failed_at.update(filter(None, incarnations))
         self.end(error)
+
+    def _close(self, choice: Choice, error: SplitfireError | None) -> None:
+        del self.choices[choice.index]
+        self._ends[choice.index].set_result(error)
+
+
+def _error_of(refused: fleet_pb2.Refused) -> SplitfireError:
+    """What a worker's refusal means to the request."""
+    error = SplitfireError(refused.message, reason=refused.reason)
+    if refused.reason == "kv_digest_mismatch":
+        error = DataLoss(refused.message, reason=refused.reason)
+    elif refused.is_retryable:
+        error = Unavailable(refused.message, reason=refused.reason)
+    elif refused.code in WORKERS_WORD:
+        error.code = Code(refused.code)
+    else:
+        error = Internal(refused.message, reason=refused.reason)
+    error.is_retryable = refused.is_retryable
+    return error

@@ -30,6 +30,10 @@ log = structlog.get_logger("router")
 class AttemptEvents(Protocol):
     """Who an attempt's frames go to."""
 
+    @property
+    def num_choices(self) -> int:
+        """That have not ended in it."""
+
     def on_output(self, incarnation: bytes, output: fleet_pb2.SequenceOutput) -> None: ...
 
     def on_finished(self, incarnation: bytes, finished: fleet_pb2.Finished) -> None: ...
@@ -94,7 +98,7 @@ class WorkerHandle:
             incarnation=self.incarnation,
             is_prefill=self.is_prefill,
             can_take=not (self.load.is_draining or self.is_gone.is_set() or is_silent),
-            num_running=len(self.attempts),
+            num_running=len(self.attempts) if self.is_prefill else sum(events.num_choices for events in self.attempts.values()),
             queued_tokens=sum(self.waiting_tokens.values()),
             max_running=capacity.max_running,
             chunk_tokens=capacity.chunk_tokens,
@@ -187,6 +191,13 @@ class Fleet:
                 worker.waiting_tokens.pop(attempt, None)
                 if cancel_reason is not None:
                     worker.send(cancel=fleet_pb2.Cancel(attempt=attempt, reason=cancel_reason))
+        self._on_change()
+
+    def cancel_choice(self, attempt: int, choice: int, reason: str, *, but_at: bytes | None = None) -> None:
+        """One of an attempt's choices is over; told to every worker (or all but one) that has the others."""
+        for worker in self._workers.values():
+            if attempt in worker.attempts and worker.incarnation != but_at:
+                worker.send(cancel=fleet_pb2.Cancel(attempt=attempt, choice=choice, reason=reason))
         self._on_change()
 
     def worker(self, incarnation: bytes) -> WorkerHandle | None:

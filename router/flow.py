@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Awaitable, Sequence
+from functools import partial
 from random import Random
 
 import structlog
@@ -16,15 +18,15 @@ import structlog
 from router.admission import Admission, Ticket
 from router.attempt import Attempt
 from router.choice import Choice
-from router.fleet import Fleet, WorkerHandle
+from router.dispatch import send, send_again
+from router.first_attempt import FirstAttempt
+from router.fleet import Fleet
 from router.placement import Demand, Placement, Split, missing_role, place, place_again
 from splitfire.core import limits
 from splitfire.core.errors import DeadlineExceeded, Exhausted, SplitfireError, Unavailable
-from splitfire.core.hashing import chain_root, hash_blocks
-from splitfire.core.lifecycle import ReqEvent
+from splitfire.core.lifecycle import Req, ReqEvent
 from splitfire.core.telemetry import Telemetry
-from splitfire.core.wire import grammar_to_wire, sampling_to_wire, stopping_to_wire
-from splitfire.v1 import fleet_pb2, inference_pb2
+from splitfire.v1 import inference_pb2
 
 log = structlog.get_logger("router")
 BACKOFF_S = 0.05
@@ -43,10 +45,16 @@ class Flow:
         self._random = Random(secrets.randbits(64))
         self._sessions: dict[str, frozenset[bytes]] = {}
 
-    async def run(self, choice: Choice) -> None:
-        """Returns when the choice is done; raises what the client is to be told. Cancelling it cancels the work."""
+    def first_attempt(self, choices: Sequence[Choice]) -> FirstAttempt | None:
+        """For `run` of each of these; None: a choice that is the only one has nothing to share, and a grammar belongs to one sequence."""
+        is_shared = len(choices) > 1 and choices[0].plan.grammar is None
+        return FirstAttempt(choices, self._admit, self._abandon) if is_shared else None
+
+    async def run(self, choice: Choice, first: FirstAttempt | None = None) -> None:
+        """Returns when the choice is done; raises what the client is to be told. Cancelling it cancels the work. Its `first` attempt
+        may be one with other choices; whatever interrupts that, it goes on by itself."""
         try:
-            await self._run(choice)
+            await self._run(choice, first)
         except asyncio.CancelledError:
             choice.advance(ReqEvent.CANCEL)
             raise
@@ -57,7 +65,7 @@ class Flow:
             choice.advance(ReqEvent.FAIL)
             raise
 
-    async def _run(self, choice: Choice) -> None:
+    async def _run(self, choice: Choice, first: FirstAttempt | None) -> None:
         last: SplitfireError | None = None
         for number in range(limits.MAX_ATTEMPTS):
             if number:
@@ -66,7 +74,8 @@ class Flow:
                     choice.advance(ReqEvent.FINISH)
                     return
                 choice.advance(ReqEvent.RESUBMIT)
-            error = await self._attempt(choice, is_first=number == 0)
+            admitting = self._admit([choice]) if first is None or number else first.get(choice)
+            error = await self._attempt(choice, admitting)
             if error is None or choice.is_finished:
                 choice.advance(ReqEvent.FINISH)
                 return
@@ -88,53 +97,58 @@ class Flow:
         assert last is not None
         raise last
 
-    async def _attempt(self, choice: Choice, *, is_first: bool) -> SplitfireError | None:
+    async def _attempt(self, choice: Choice, admitting: Awaitable[Attempt | None]) -> SplitfireError | None:
         """One try, from admission to its end; None: finished. Whatever happens, nothing of it is left at any worker."""
-        attempt = await self._admit(choice)
+        attempt = await admitting
         if attempt is None:
             return None
         try:
-            if is_first:
-                choice.advance(ReqEvent.ADMIT)
             if choice.is_finished:
                 return None
-            if not attempt.ended.done():  # a worker may have gone since it was placed
-                self._dispatch(choice, attempt)
-                choice.advance(ReqEvent.DISPATCH)
-                self._record(choice, attempt)
+            if not attempt.is_dispatched and attempt.choices:  # a worker may have gone since it was placed
+                self._dispatch(attempt)
             async with asyncio.timeout(max(0.0, choice.plan.deadline - time.monotonic())):
-                return await asyncio.shield(attempt.ended)
+                return await asyncio.shield(attempt.ended(choice))
         except TimeoutError as exc:
             stage = "decode" if choice.ids else "prefill"
             raise DeadlineExceeded(f"the deadline passed after {len(choice.ids)} tokens", reason=stage) from exc
         finally:
-            attempt.end(None, "request over")
+            attempt.leave(choice, None, "request over")
             self.admission.ended()
 
-    async def _admit(self, choice: Choice) -> Attempt | None:
-        """Waits for a place; the attempt is counted at its workers when this returns. None: it is not wanted any more."""
-        plan = choice.plan
+    async def _admit(self, choices: list[Choice]) -> Attempt | None:
+        """Waits for a place; the attempt is counted at its workers when this returns. None: it is not wanted any more. Of several
+        choices some may go meanwhile, never the last."""
+        plan = choices[0].plan
         if (reason := missing_role(self.fleet.snapshot(), self.split)) is not None:
             raise Unavailable(f"no {reason.removeprefix('no_')} worker is attached", reason=reason, retry_after_s=1.0)
         placed: asyncio.Future[Attempt | None] = asyncio.get_running_loop().create_future()
 
-        def start(placement: Placement) -> None:
-            attempt = Attempt(choice, placement, self.fleet, self._vocab_size, self._redirect)
-            choice.end_attempt = lambda reason: attempt.end(None, reason)
+        def start(placement: Placement) -> int:
+            attempt = Attempt(choices, placement, self.fleet, self._vocab_size, self._redirect)
+            for choice in choices:
+                choice.end_attempt = partial(attempt.leave, choice, None)
+                if choice.state is Req.ACCEPTED:
+                    choice.advance(ReqEvent.ADMIT)
             placed.set_result(attempt)
+            return len(choices)
 
         def expire(error: Exhausted) -> None:
             placed.set_exception(error)
 
-        ticket = Ticket(plan.priority, 4 * (len(plan.prompt) + len(plan.predicted)), lambda: self._find_room(choice), start, expire)
-        choice.timeline.queued_at = time.monotonic()
+        ticket = Ticket(
+            plan.priority, 4 * (len(plan.prompt) + len(plan.predicted)), lambda: self._find_room(choices), start, expire
+        )
+        for choice in choices:
+            choice.timeline.queued_at = time.monotonic()
 
         def stop_waiting(_reason: str) -> None:
             self.admission.withdraw(ticket)
             if not placed.done():
                 placed.set_result(None)
 
-        choice.end_attempt = stop_waiting
+        if len(choices) == 1:  # several have no text yet that could end them
+            choices[0].end_attempt = stop_waiting
         try:
             self.admission.request(ticket)
             async with asyncio.timeout(max(0.0, plan.deadline - time.monotonic())):
@@ -149,8 +163,13 @@ class Flow:
     def _give_up(self, placed: asyncio.Future[Attempt | None], ticket: Ticket[Placement]) -> None:
         self.admission.withdraw(ticket)
         if placed.done() and placed.exception() is None and (attempt := placed.result()) is not None:
-            attempt.end(None)
-            self.admission.ended()
+            for choice in list(attempt.choices.values()):
+                self._abandon(attempt, choice)
+
+    def _abandon(self, attempt: Attempt, choice: Choice) -> None:
+        """It was placed, and is not wanted any more."""
+        attempt.leave(choice)
+        self.admission.ended()
 
     def _record(self, choice: Choice, attempt: Attempt) -> None:
         plan, timeline, now = choice.plan, choice.timeline, time.monotonic()
@@ -164,54 +183,41 @@ class Flow:
         self._telemetry.record("place", plan.traceparent, timeline.place_began, timeline.placed_at, placed_on)
         self._telemetry.record("dispatch", plan.traceparent, timeline.placed_at, now, attributes)
 
-    def _find_room(self, choice: Choice) -> Placement | None:
-        choice.timeline.place_began = time.monotonic()
-        placement = place(self.fleet.snapshot(), self._demand(choice), self.split, self._random)
-        choice.timeline.placed_at = time.monotonic()
+    def _find_room(self, choices: Sequence[Choice]) -> Placement | None:
+        began = time.monotonic()
+        placement = place(self.fleet.snapshot(), self._demand(choices), self.split, self._random)
+        for choice in choices:
+            choice.timeline.place_began, choice.timeline.placed_at = began, time.monotonic()
         return placement
 
-    def _demand(self, choice: Choice) -> Demand:
+    def _demand(self, choices: Sequence[Choice]) -> Demand:
+        choice = choices[0]
         plan = choice.plan
         return Demand(
             num_tokens=len(plan.prompt) + len(choice.ids),
             ends_with_first_token=plan.stopping.max_tokens - len(choice.ids) == 1,
+            num_choices=len(choices),
             prefers=self._sessions.get(plan.session_id, frozenset()) if plan.session_id else frozenset(),
             avoids=frozenset(choice.failed_at),
         )
 
-    def _dispatch(self, choice: Choice, attempt: Attempt) -> None:
+    def _dispatch(self, attempt: Attempt) -> None:
         """Submit to both workers at once. Decode holds no memory for it yet."""
-        choice.timeline.worker_phases.clear()  # of an attempt before
-        plan, placement = choice.plan, attempt.placement
-        prefill = self.fleet.worker(placement.prefill) if placement.prefill else None
-        decode = self.fleet.worker(placement.decode) if placement.decode else None
-        submit = self._submit(choice, attempt)
-        if prefill is not None and decode is not None:
-            to_decode, to_prefill = _handoff_ends(prefill, decode)
-            attempt.transfer_id = to_decode.transfer_id
-            ends = ((prefill, to_decode, fleet_pb2.PART_PREFILL), (decode, to_prefill, fleet_pb2.PART_DECODE))
-            for worker, handoff, part in ends:
-                mine = fleet_pb2.Submit()
-                mine.CopyFrom(submit)
-                mine.part = part
-                if part == fleet_pb2.PART_DECODE:
-                    mine.predicted_token_ids.extend(plan.predicted)
-                mine.handoff.CopyFrom(handoff)
-                worker.send(submit=mine)
-        elif prefill is not None:
-            submit.part = fleet_pb2.PART_PREFILL
-            prefill.send(submit=submit)
-        elif decode is not None:
-            submit.part = fleet_pb2.PART_WHOLE
-            submit.predicted_token_ids.extend(plan.predicted)
-            decode.send(submit=submit)
+        attempt.is_dispatched = True
+        choices, placement = list(attempt.choices.values()), attempt.placement
+        plan = choices[0].plan
+        for choice in choices:
+            choice.timeline.worker_phases.clear()  # of an attempt before
+            choice.advance(ReqEvent.DISPATCH)
+            self._record(choice, attempt)
+        send(attempt, self.fleet)
         if plan.session_id:
             self._remember(plan.session_id, placement)
 
     def _redirect(self, attempt: Attempt) -> bool:
         """The hand-off failed, the prompt is still held: another decode worker takes it. False: there is none now."""
-        choice, placement = attempt.choice, attempt.placement
-        moved = place_again(self.fleet.snapshot(), self._demand(choice), placement, self._random)
+        choices, placement = list(attempt.choices.values()), attempt.placement
+        moved = place_again(self.fleet.snapshot(), self._demand(choices), placement, self._random)
         if moved is None or moved.prefill is None or moved.decode is None:
             return False
         prefill, decode = self.fleet.worker(moved.prefill), self.fleet.worker(moved.decode)
@@ -219,36 +225,9 @@ class Flow:
             return False
         self.fleet.move(attempt.number, placement.decode, moved.decode, attempt)
         attempt.placement = moved
-        to_decode, to_prefill = _handoff_ends(prefill, decode)
-        attempt.transfer_id = to_decode.transfer_id
-        submit = self._submit(choice, attempt)
-        submit.part = fleet_pb2.PART_DECODE
-        submit.predicted_token_ids.extend(choice.plan.predicted)
-        submit.handoff.CopyFrom(to_prefill)
-        decode.send(submit=submit)
-        prefill.send(redirect=fleet_pb2.Redirect(attempt=attempt.number, handoff=to_decode))
-        log.info("redirected", request_id=choice.plan.request_id, to=decode.hello.worker_id)
+        send_again(attempt, self.fleet, prefill, decode)
+        log.info("redirected", request_id=choices[0].plan.request_id, to=decode.hello.worker_id)
         return True
-
-    def _submit(self, choice: Choice, attempt: Attempt) -> fleet_pb2.Submit:
-        """What the workers are to continue: the ids this attempt began with, whatever it has brought since."""
-        plan, ids = choice.plan, choice.ids[: attempt.resumed_at]
-        fingerprint = self.fleet.fingerprint
-        assert fingerprint is not None  # it was placed, so somebody is attached
-        root = chain_root(b"", fingerprint.digest, "")
-        return fleet_pb2.Submit(
-            attempt=attempt.number,
-            request_id=plan.request_id,
-            prompt_token_ids=plan.prompt,
-            output_token_ids=ids,
-            choice=choice.index,
-            sampling=sampling_to_wire(plan.sampling),
-            stopping=stopping_to_wire(plan.stopping),
-            priority=plan.priority,  # type: ignore[arg-type]
-            block_hashes=hash_blocks(root, (*plan.prompt, *ids), fingerprint.block_size),
-            traceparent=plan.traceparent,
-            grammar=grammar_to_wire(plan.grammar) if plan.grammar is not None else None,
-        )
 
     def _remember(self, session_id: str, placement: Placement) -> None:
         self._sessions.pop(session_id, None)
@@ -260,10 +239,3 @@ class Flow:
         parts = (("splitfire.prefill_worker", placement.prefill), ("splitfire.decode_worker", placement.decode))
         workers = {key: self.fleet.worker(incarnation) for key, incarnation in parts if incarnation}
         return {key: worker.hello.worker_id for key, worker in workers.items() if worker is not None}
-
-
-def _handoff_ends(prefill: WorkerHandle, decode: WorkerHandle) -> tuple[fleet_pb2.Handoff, fleet_pb2.Handoff]:
-    """One transfer as each end is told of it: to prefill, who receives; to decode, who sends."""
-    transfer_id, token = secrets.token_bytes(16), secrets.token_bytes(16)
-    to_decode = fleet_pb2.Handoff(transfer_id=transfer_id, token=token, peer=decode.peer())
-    return to_decode, fleet_pb2.Handoff(transfer_id=transfer_id, token=token, peer=prefill.peer())

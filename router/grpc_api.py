@@ -213,7 +213,8 @@ class InferenceApi:
         changed = asyncio.Event()
         choices.extend(Choice(plan, index, changed) for index in range(valid.n))
         streams = [ChoiceStream(c, TextStream(self._model.tokenizer, valid.stopping.stop_strings)) for c in choices]
-        tasks = [asyncio.create_task(self._flow.run(c), name=f"flow-{plan.request_id}-{c.index}") for c in choices]
+        first = self._flow.first_attempt(choices)
+        tasks = [asyncio.create_task(self._flow.run(c, first), name=f"flow-{plan.request_id}-{c.index}") for c in choices]
         for task in tasks:
             task.add_done_callback(lambda _task: changed.set())
         try:

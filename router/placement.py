@@ -25,7 +25,7 @@ class WorkerView:
     incarnation: bytes
     is_prefill: bool
     can_take: bool  # attached, not draining, heard of lately
-    num_running: int  # attempts dispatched by this router that have not ended
+    num_running: int  # attempts (of a decode worker: choices) dispatched by this router that have not ended
     queued_tokens: int  # prompt tokens dispatched whose first token has not come
     max_running: int
     chunk_tokens: int
@@ -40,10 +40,10 @@ class WorkerView:
         """Its queue is at most one chunk: what is dispatched now starts with the next step."""
         return self.queued_tokens < self.chunk_tokens and self.num_running < self.max_running
 
-    def has_decode_room(self, num_tokens: int) -> bool:
+    def has_decode_room(self, demand: Demand) -> bool:
         """Free blocks are as last reported; what was promised since, the grant sorts out."""
-        has_blocks = self.free_blocks * self.block_size >= num_tokens
-        return self.num_running < self.max_running and has_blocks
+        has_blocks = self.free_blocks * self.block_size >= demand.num_tokens
+        return self.num_running + min(demand.num_choices, self.max_running) <= self.max_running and has_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Demand:
     ends_with_first_token: bool
     prefers: frozenset[bytes] = frozenset()
     avoids: frozenset[bytes] = frozenset()  # an attempt of this request failed there
+    num_choices: int = 1  # that share the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def place_again(workers: Sequence[WorkerView], demand: Demand, placement: Placem
 
 def _decode_for(prefill: WorkerView, decodes: Sequence[WorkerView], demand: Demand, random: Random) -> WorkerView | None:
     good = [w for w in decodes if w.incarnation not in prefill.bad_peers] or decodes
-    return _least_loaded([w for w in good if w.has_decode_room(demand.num_tokens)], demand, random, prefill.peer_bytes_per_s)
+    return _least_loaded([w for w in good if w.has_decode_room(demand)], demand, random, prefill.peer_bytes_per_s)
 
 
 def _trusted(workers: Sequence[WorkerView], demand: Demand) -> list[WorkerView]:

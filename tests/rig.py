@@ -24,7 +24,7 @@ from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.core.telemetry import Telemetry
 from splitfire.engine.constraint import Grammar
 from splitfire.engine.engine import Engine
-from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
+from splitfire.engine.sequence import Fork, Purpose, SeqId, SequenceSpec
 from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2
 from splitfire.worker.context import RoleService, WorkerContext
@@ -121,19 +121,21 @@ class Answer:
 
 
 class _Replies:
-    """`Answer` has a list called finished; the protocol wants a method of that name."""
+    """Each choice's to its own answer; what is said of all of them to each."""
 
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
+    def __init__(self, answers: dict[int, Answer]) -> None:
+        self.answers = answers
 
     def output(self, output: fleet_pb2.SequenceOutput) -> None:
-        self.answer.output(output)
+        self.answers[output.choice].output(output)
 
     def finished(self, finished: fleet_pb2.Finished) -> None:
-        self.answer.finished.append(finished)
+        for answer in [self.answers[finished.choice]] if finished.reason else self.answers.values():
+            answer.finished.append(finished)
 
     def refused(self, refused: fleet_pb2.Refused) -> None:
-        self.answer.refusals.append(refused)
+        for answer in [self.answers[refused.choice]] if refused.HasField("choice") else self.answers.values():
+            answer.refusals.append(refused)
 
 
 class Rig:
@@ -159,37 +161,67 @@ class Rig:
         grammar: Callable[[], Grammar] | None = None,
     ) -> Answer:
         """Submits to both nodes (or, with PART_WHOLE, to the decode node alone); returns at once."""
-        answer = Answer(next(_attempts))
-        replies = self.replies[answer.attempt] = _Replies(answer)
+        stopping = StopParams(max_tokens, 0, stop)
+        [answer] = self._ask((choice,), tuple(prompt), stopping, part, sampling, tuple(output), tuple(predicted), grammar)
+        return answer
+
+    def ask_together(
+        self,
+        n: int,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        part: int | None = None,
+        sampling: SamplingParams = GREEDY,
+        stop: frozenset[int] = frozenset(),
+    ) -> list[Answer]:
+        """The same for `n` choices in one attempt."""
+        return self._ask(tuple(range(n)), tuple(prompt), StopParams(max_tokens, 0, stop), part, sampling)
+
+    def _ask(
+        self,
+        choices: tuple[int, ...],
+        prompt: tuple[int, ...],
+        stopping: StopParams,
+        part: int | None,
+        sampling: SamplingParams,
+        output: tuple[int, ...] = (),
+        predicted: tuple[int, ...] = (),
+        grammar: Callable[[], Grammar] | None = None,
+    ) -> list[Answer]:
+        attempt = next(_attempts)
+        answers = {choice: Answer(attempt) for choice in choices}
+        replies = self.replies[attempt] = _Replies(answers)
         transfer_id, token = secrets.token_bytes(16), secrets.token_bytes(16)
 
         def job(kind: int, peer: Node | None) -> Job:
             layout = self.decode.engine.runner.pool.layout
+            ids = [SeqId(10_000_000 + 100 * attempt + 10 * i + kind) for i in range(1 + len(choices))]
+            forks = tuple(Fork(seq_id, choice) for seq_id, choice in zip(ids[1:], choices, strict=True))
             spec = SequenceSpec(
-                seq_id=SeqId(10_000_000 + 10 * answer.attempt + kind),
-                prompt=tuple(prompt), output=tuple(output), choice=choice, sampling=sampling,
-                stopping=StopParams(max_tokens, 0, stop),
+                seq_id=ids[0], prompt=prompt, output=output, choice=choices[0], sampling=sampling, stopping=stopping,
                 purpose=Purpose.PREFILL if kind == fleet_pb2.PART_PREFILL else Purpose.GENERATE,
-                hash_root=ROOT_HASH, block_hashes=hash_blocks(ROOT_HASH, (*prompt, *output), layout.block_size), predicted=tuple(predicted),
+                hash_root=ROOT_HASH, block_hashes=hash_blocks(ROOT_HASH, (*prompt, *output), layout.block_size), predicted=predicted,
                 grammar=grammar() if grammar is not None else None,
+                forks=forks if len(choices) > 1 else (),
             )  # fmt: skip
             handoff = Handoff(transfer_id, token, peer.address) if peer is not None else None
-            return Job(replies, answer.attempt, kind, spec, handoff, "", f"r{answer.attempt}", time.monotonic())
+            return Job(replies, attempt, kind, spec, handoff, "", f"r{attempt}", time.monotonic())
 
         if part == fleet_pb2.PART_WHOLE:
             self.decode.decode.submit(job(fleet_pb2.PART_WHOLE, None))
-        elif max_tokens - len(output) == 1:
+        elif stopping.max_tokens - len(output) == 1:
             self.prefill.prefill.submit(job(fleet_pb2.PART_PREFILL, None))
         else:
             self.prefill.prefill.submit(job(fleet_pb2.PART_PREFILL, self.decode))
             self.decode.decode.submit(job(fleet_pb2.PART_DECODE, self.prefill))
-        return answer
+        return [*answers.values()]
 
-    def cancel(self, answer: Answer) -> None:
+    def cancel(self, answer: Answer, choice: int | None = None) -> None:
         """What the router's Cancel does, at both workers."""
         for node in (self.prefill, self.decode):
             for service in node.services:
-                service.cancel(self.replies[answer.attempt], answer.attempt)
+                service.cancel(self.replies[answer.attempt], answer.attempt, choice)
 
     async def settle(self) -> None:
         """Until both nodes hold nothing any more."""

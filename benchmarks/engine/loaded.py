@@ -88,7 +88,7 @@ class LoadedEngine:
         assert reservation is not None, f"{self.variant.name}: no room for {num_tokens} tokens"
         first = reservation.num_pinned
         self.engine.lending.commit(reservation, first, len(spec.block_hashes) - first, spec.block_hashes[first:])
-        self.engine.join(reservation, seed + 1)
+        self.engine.join(reservation, {spec.seq_id: seed + 1})
         return spec
 
     def _spec(self, num_tokens: int, max_tokens: int, seed: int) -> SequenceSpec:

@@ -52,8 +52,8 @@ class RoleService(Protocol):
     def on_update(self, update: SequenceUpdate) -> None:
         """A step computed a piece of the sequence."""
 
-    def cancel(self, replies: Replies, attempt: int | None) -> None:
-        """Ends one attempt of a router, or (None) all of them. No reply is owed."""
+    def cancel(self, replies: Replies, attempt: int | None, choice: int | None = None) -> None:
+        """Ends one attempt of a router, or (None) all of them; of one with several choices this one, or (None) all. No reply is owed."""
 
     def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
         """Ends one job with `error`: what it holds is given back, the router is told."""

@@ -183,11 +183,8 @@ def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, rece
         hash_root=chain_root(submit.cache_salt, limits.fingerprint.digest, ""),
         block_hashes=hashes,
         priority=submit.priority,
-<<<<<<< HEAD
         predicted=predicted,
-=======
         forks=tuple(Fork(SeqId(next(_seq_ids)), choice) for choice in choices) if submit.more_choices else (),
->>>>>>> a60a243 (Several choices of one prompt are one sequence until their first tokens, then forks that share its full blocks)
     )
     handoff = handoff_from_wire(submit.handoff, limits.transport) if submit.HasField("handoff") else None
     return Job(replies, submit.attempt, submit.part, spec, handoff, submit.traceparent, submit.request_id, received_at)

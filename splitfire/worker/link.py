@@ -67,7 +67,7 @@ class RouterLink:
         self.is_attached = False
         self._worker = worker
         self._on_refused = on_refused
-        self._outputs: dict[int, fleet_pb2.SequenceOutput] = {}
+        self._outputs: dict[tuple[int, int], fleet_pb2.SequenceOutput] = {}  # by attempt and choice
         self._ends: list[fleet_pb2.AttachRequest] = []
         self._has_frames = asyncio.Event()
         self._is_flushed = asyncio.Event()
@@ -76,9 +76,10 @@ class RouterLink:
     # -- Replies
 
     def output(self, output: fleet_pb2.SequenceOutput) -> None:
-        unsent = self._outputs.get(output.attempt)
+        key = (output.attempt, output.choice)
+        unsent = self._outputs.get(key)
         if unsent is None:
-            self._outputs[output.attempt] = output
+            self._outputs[key] = output
         else:  # token ids follow one another, so the frames merge; a repeated first token is not repeated twice
             known = unsent.offset + len(unsent.token_ids) - output.offset
             unsent.token_ids.extend(output.token_ids[known:])

@@ -190,8 +190,10 @@ class Worker:
         if kind == "submit":
             self._submit(link, frame.submit)
         elif kind == "cancel":
-            for place in (self._grammars, self._prefill, self._decode):
-                place.cancel(link, frame.cancel.attempt)
+            choice = frame.cancel.choice if frame.cancel.HasField("choice") else None
+            self._grammars.cancel(link, frame.cancel.attempt)  # several choices never wait for one
+            for service in (self._prefill, self._decode):
+                service.cancel(link, frame.cancel.attempt, choice)
         elif kind == "redirect":
             self._redirect(link, frame.redirect)
         elif kind == "peer_up":

@@ -212,7 +212,7 @@ def test_a_group_that_is_preempted_in_its_prompt_is_still_one(llama: Transformer
     engine = make_engine(llama, num_blocks=5, chunk_tokens=17)
     first = replace(make_spec(prompt(60, 3), 60), priority=2)
     engine.add(first)
-    updates = []
+    updates: list[SequenceUpdate] = []
     while len(tokens_of(updates, first)) < 2:
         updates += step(engine)
     engine.add(spec)

@@ -216,10 +216,10 @@ def test_kill_decode_while_queued_redirects_what_is_computed() -> None:
             asked = sim.ask(64)
             engine = sim.workers["p0"].host.engine
             await until(lambda: asked.choice.ids)  # the prompt is computed
-            computed = engine._arrivals
+            computed = engine._sequences._arrivals
             sim.kill(receiver_of(sim).name)
             await sim.finish(hold_s=20.0)
-            assert engine._arrivals == computed, "the prompt was computed again"
+            assert engine._sequences._arrivals == computed, "the prompt was computed again"
 
     play(scene())
 
@@ -239,7 +239,7 @@ def test_a_decode_worker_without_room_passes_the_prompt_on() -> None:
             await until(lambda: all(a.task.done() for a in asked))
             full.host.engine.blocks.release(hog)
             await sim.finish()
-            assert engine._arrivals == 4
+            assert engine._sequences._arrivals == 4
 
     play(scene())
 
@@ -456,7 +456,7 @@ def test_long_step_keeps_control_alive() -> None:
         async with fleet(prefill=[plan], decode=[WorkerPlan("decode", step_s=70.0)]) as sim:
             sim.ask(48, 3, deadline_s=3000.0)
             await sim.finish()
-            assert sim.workers["p0"].host.engine._arrivals == 1
+            assert sim.workers["p0"].host.engine._sequences._arrivals == 1
             assert not sim.asked[0].choice.failed_at
 
     play(scene())
@@ -614,7 +614,7 @@ def test_decode_short_of_blocks_revokes_and_nothing_is_computed_again() -> None:
             await until(is_revoked)
             await sim.finish()
             assert revoked and engine._scheduler.num_preemptions == 0
-            assert sim.workers["p1"].host.engine._arrivals == 1
+            assert sim.workers["p1"].host.engine._sequences._arrivals == 1
             assert not late.choice.failed_at
 
     play(scene())

@@ -22,7 +22,7 @@ from kvtransfer.outgoing import Outgoing
 from kvtransfer.peers import Peers
 from kvtransfer.receiver import Receiver
 from prefill_svc.ship import BlockShipment
-from router import flow
+from router import dispatch
 from splitfire.engine.lending import Lending
 from tests.faults import test_handoff
 from tests.kvtransfer import test_agent, test_receiver
@@ -101,7 +101,7 @@ BUGS = (
         (("len(self._verified) < self.expectation.num_blocks - self._first_block", "False"),), search("one"),
     ),
     Bug(
-        "reuse a transfer id", "every hand-off has the same", flow._handoff_ends,
+        "reuse a transfer id", "every hand-off has the same", dispatch.handoff_ends,
         (("secrets.token_bytes(16), secrets", "b'x' * 16, secrets"),), Check("`three_requests`", test_handoff.play_three_requests),
     ),
     Bug(

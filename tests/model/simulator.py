@@ -41,7 +41,7 @@ from splitfire.engine.engine import Engine
 from splitfire.engine.kernels.sample import SampledToken
 from splitfire.engine.lending import Reservation
 from splitfire.engine.pool import KvPool
-from splitfire.engine.scheduler import Budget, Step
+from splitfire.engine.scheduler import Budget, Slice, Step
 from splitfire.engine.sequence import SeqId, SequenceSpec
 from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2
@@ -64,15 +64,15 @@ def kv_codes(tokens: Sequence[int]) -> list[int]:
     return codes
 
 
-def next_token(code: int, position: int) -> int:
-    return (code * 31 + position) % VOCAB
+def next_token(code: int, position: int, choice: int) -> int:
+    return (code * 31 + position + 977 * choice) % VOCAB
 
 
-def answer_to(prompt: Sequence[int], count: int) -> list[int]:
+def answer_to(prompt: Sequence[int], count: int, choice: int = 0) -> list[int]:
     """What any fleet must answer."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(kv_codes(tokens)[-1], len(tokens)))
+        tokens.append(next_token(kv_codes(tokens)[-1], len(tokens), choice))
     return tokens[len(prompt) :]
 
 
@@ -249,12 +249,19 @@ class SimRunner:
             at = torch.arange(piece.begin, end)
             self.pool.elements[blocks[at // size], :, :, :, at % size] = wanted[piece.begin :, :, None, None, None]
             if piece.samples:
-                tokens = [next_token(codes[piece.end - 1], piece.end)]
-                while len(tokens) <= len(piece.drafts) and tokens[-1] == piece.drafts[len(tokens) - 1]:
-                    at_next = piece.end + len(tokens)
-                    tokens.append(next_token(codes[at_next - 1], at_next))
-                drawn[i] = Drawn(tuple(SampledToken(token, None, ()) for token in tokens))
+                drawn[i] = self._draw(piece, codes)
         return StepTokens.of_pieces(step, drawn)
+
+    def _draw(self, piece: Slice, codes: list[int]) -> Drawn:
+        sequence = piece.sequence
+        if sequence.forks:
+            ids = [next_token(codes[-1], piece.end, fork.choice) for fork in sequence.forks]
+            return Drawn((), forks=tuple(Drawn((SampledToken(token, None, ()),)) for token in ids))
+        tokens = [next_token(codes[piece.end - 1], piece.end, sequence.spec.choice)]
+        while len(tokens) <= len(piece.drafts) and tokens[-1] == piece.drafts[len(tokens) - 1]:
+            at_next = piece.end + len(tokens)
+            tokens.append(next_token(codes[at_next - 1], at_next, sequence.spec.choice))
+        return Drawn(tuple(SampledToken(token, None, ()) for token in tokens))
 
 
 class SimHost:
@@ -407,8 +414,9 @@ class SimWorker:
         if kind == "submit":
             self._submit(frame.submit)
         elif kind == "cancel":
+            choice = frame.cancel.choice if frame.cancel.HasField("choice") else None
             for service in self.services:
-                service.cancel(self, frame.cancel.attempt)
+                service.cancel(self, frame.cancel.attempt, choice)
         elif kind == "redirect":
             self.prefill.redirect(self, frame.redirect.attempt, handoff_from_wire(frame.redirect.handoff, "ucx"))
         elif kind == "peer_up":
@@ -502,6 +510,13 @@ class Simulation:
     def ask(
         self, num_tokens: int, count: int = 6, *, seed: int | None = None, deadline_s: float = 60.0, priority: int = 2
     ) -> Asked:
+        [asked] = self.ask_together(1, num_tokens, count, seed=seed, deadline_s=deadline_s, priority=priority)
+        return asked
+
+    def ask_together(
+        self, n: int, num_tokens: int, count: int = 6, *, seed: int | None = None, deadline_s: float = 60.0, priority: int = 2
+    ) -> list[Asked]:
+        """`n` choices of one request."""
         draw = Random(len(self.asked) if seed is None else seed)
         prompt = tuple(draw.randrange(VOCAB) for _ in range(num_tokens))
         now = time.monotonic()
@@ -509,13 +524,11 @@ class Simulation:
             f"r{len(self.asked)}", prompt, SamplingParams(temperature=0.0), StopParams(count, 0, frozenset()), priority, "", "", now,
             now + deadline_s,
         )  # fmt: skip
-        choice = Choice(plan, 0, asyncio.Event())
-        asked = Asked(prompt, count, choice, asyncio.create_task(self._run(choice)))
-        self.asked.append(asked)
+        choices = [Choice(plan, index, asyncio.Event()) for index in range(n)]
+        first = self.flow.first_attempt(choices)
+        asked = [Asked(prompt, count, choice, asyncio.create_task(self.flow.run(choice, first))) for choice in choices]
+        self.asked += asked
         return asked
-
-    async def _run(self, choice: Choice) -> None:
-        await self.flow.run(choice)
 
     def kill(self, name: str, restart_s: float | None = 0.5) -> None:
         """SIGKILL, and the supervisor's new process."""
@@ -539,7 +552,7 @@ class Simulation:
             except SplitfireError as exc:
                 asked.error = exc
                 assert may_fail, f"{asked.choice.plan.request_id}: {exc} ({exc.reason})"
-            expected = answer_to(asked.prompt, asked.count)
+            expected = answer_to(asked.prompt, asked.count, asked.choice.index)
             assert asked.choice.ids == expected[: len(asked.choice.ids)], "wrong tokens reached the client"
             assert asked.error is not None or len(asked.choice.ids) == asked.count
         began = time.monotonic()

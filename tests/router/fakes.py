@@ -63,7 +63,15 @@ class FakeWorker:
         return self.frames("submit")  # type: ignore[return-value]
 
     def output(
-        self, attempt: int, offset: int, ids: Sequence[int], logprobs: int = 0, *, drafted: int = 0, accepted: int = 0
+        self,
+        attempt: int,
+        offset: int,
+        ids: Sequence[int],
+        logprobs: int = 0,
+        *,
+        drafted: int = 0,
+        accepted: int = 0,
+        choice: int = 0,
     ) -> None:
         events = self.handle.attempts.get(attempt)
         if events is not None:
@@ -77,18 +85,32 @@ class FakeWorker:
                     logprobs=[one] * logprobs,
                     draft_tokens=drafted,
                     accepted_draft_tokens=accepted,
+                    choice=choice,
                 ),
             )
 
-    def finish(self, attempt: int, reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED) -> None:
+    def finish(
+        self,
+        attempt: int,
+        reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED,
+        *,
+        choice: int = 0,
+    ) -> None:
         events = self.handle.attempts.get(attempt)
         if events is not None:
             transfer_id = getattr(events, "transfer_id", b"")
-            finished = fleet_pb2.Finished(attempt=attempt, reason=reason, transfer_id=transfer_id)
+            finished = fleet_pb2.Finished(attempt=attempt, choice=choice, reason=reason, transfer_id=transfer_id)
             events.on_finished(self.handle.incarnation, finished)
 
     def refuse(
-        self, attempt: int, reason: str = "handoff_failed", *, retryable: bool = True, code: int = 14, held: bytes = b""
+        self,
+        attempt: int,
+        reason: str = "handoff_failed",
+        *,
+        retryable: bool = True,
+        code: int = 14,
+        held: bytes = b"",
+        choice: int | None = None,
     ) -> None:
         """`held`: the transfer that failed, from a prefill worker that keeps the prompt."""
         events = self.handle.attempts.get(attempt)
@@ -101,6 +123,7 @@ class FakeWorker:
                 is_retryable=retryable,
                 is_held=bool(held),
                 transfer_id=held,
+                choice=choice,
             )
             events.on_refused(self.handle.incarnation, refused)
 

@@ -90,6 +90,8 @@ class Lost:
     def __init__(self, lost: list[bytes]) -> None:
         self._lost = lost
 
+    num_choices = 1
+
     def on_output(self, incarnation: bytes, output: fleet_pb2.SequenceOutput) -> None: ...
 
     def on_finished(self, incarnation: bytes, finished: fleet_pb2.Finished) -> None: ...

@@ -54,6 +54,13 @@ class Desk:
         choice = Choice(plan, 0, asyncio.Event())
         return Asked(choice, asyncio.create_task(self.flow.run(choice)))
 
+    def ask_together(self, n: int, max_tokens: int = 3) -> list[Asked]:
+        now = time.monotonic()
+        plan = RequestPlan("r", PROMPT, SamplingParams(seed=3), StopParams(max_tokens), 2, "", "", now, now + 30.0)
+        choices = [Choice(plan, index, asyncio.Event()) for index in range(n)]
+        first = self.flow.first_attempt(choices)
+        return [Asked(choice, asyncio.create_task(self.flow.run(choice, first))) for choice in choices]
+
     def report_free(self, free_blocks: int) -> None:
         for worker in self.decodes:
             load = fleet_pb2.Load(total_blocks=100, free_blocks=free_blocks)

@@ -135,9 +135,10 @@ class Desk:
         self.admission: Admission[int] = Admission(AdmissionLimits(100, max_queued, 1000, ttl_s), lambda: self.now)
 
     def ask(self, name: str, priority: int = 2, num_bytes: int = 10) -> Ticket[int]:
-        def start(room: int) -> None:
+        def start(room: int) -> int:
             self.room -= 1
             self.started.append(name)
+            return 1
 
         ticket = Ticket(priority, num_bytes, lambda: self.room or None, start, lambda _error: self.expired.append(name))
         self.admission.request(ticket)

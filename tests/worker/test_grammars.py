@@ -63,7 +63,7 @@ def test_a_job_leaves_with_its_grammar_and_the_loop_never_waits() -> None:
         done: list[Job] = []
         began = time.perf_counter()
         for attempt in range(3):
-            desk.build(job(Replies(Answer(attempt)), attempt), output_grammar(REGEX, "a+"), done.append)
+            desk.build(job(Replies({0: Answer(attempt)}), attempt), output_grammar(REGEX, "a+"), done.append)
         assert time.perf_counter() - began < 1.0
         await asyncio.sleep(0.05)
         assert not done and desk.num_jobs == 3
@@ -84,7 +84,7 @@ def test_a_job_cancelled_meanwhile_is_never_heard_of_again() -> None:
     async def scene() -> None:
         slow = SlowCompiler()
         desk = GrammarDesk(slow)  # type: ignore[arg-type]
-        mine, theirs = Replies(Answer(1)), Replies(Answer(2))
+        mine, theirs = Replies({0: Answer(1)}), Replies({0: Answer(2)})
         done: list[Job] = []
         for attempt, replies in ((1, mine), (2, mine), (3, mine), (1, theirs)):
             desk.build(job(replies, attempt), output_grammar(REGEX, "a+"), done.append)
@@ -96,7 +96,7 @@ def test_a_job_cancelled_meanwhile_is_never_heard_of_again() -> None:
         await until(lambda: bool(done))
         await asyncio.sleep(0.05)
         assert [j.replies for j in done] == [theirs]
-        assert not mine.answer.refusals and not mine.answer.finished
+        assert not mine.answers[0].refusals and not mine.answers[0].finished
         desk.close()
 
     play(scene)
@@ -105,14 +105,14 @@ def test_a_job_cancelled_meanwhile_is_never_heard_of_again() -> None:
 def test_what_cannot_be_built_is_refused_and_the_next_is_built() -> None:
     async def scene() -> None:
         desk = GrammarDesk(compiler())
-        replies, done = Replies(Answer(1)), list[Job]()
+        replies, done = Replies({0: Answer(1)}), list[Job]()
         for text in ("%llguidance {", "start: /(a/", "start: missing", '{"grammars": 5}'):
             desk.build(job(replies), OutputGrammar(REGEX, text), done.append)
         desk.build(job(replies, 2), output_grammar(REGEX, "a"), done.append)
         await until(lambda: bool(done))
         assert [j.attempt for j in done] == [2]
-        assert {(r.code, r.reason, r.is_retryable) for r in replies.answer.refusals} == {(3, "invalid_response_format", False)}
-        assert len(replies.answer.refusals) == 4
+        assert {(r.code, r.reason, r.is_retryable) for r in replies.answers[0].refusals} == {(3, "invalid_response_format", False)}
+        assert len(replies.answers[0].refusals) == 4
         with pytest.raises(InvalidInput, match="characters long"):
             desk.build(job(replies), OutputGrammar(REGEX, "a" * (limits.MAX_GRAMMAR_CHARS + 1)), done.append)
         assert desk.num_jobs == 0
@@ -127,11 +127,11 @@ def test_a_bug_in_building_is_its_own_jobs_bug(monkeypatch: pytest.MonkeyPatch) 
 
     async def scene() -> None:
         desk = GrammarDesk(compiler())
-        replies = Replies(Answer(1))
+        replies = Replies({0: Answer(1)})
         monkeypatch.setattr(GrammarCompiler, "compile", broken)
         desk.build(job(replies), OutputGrammar(REGEX, "x"), lambda job: None)
-        await until(lambda: bool(replies.answer.refusals))
-        assert replies.answer.refusals[0].reason == "internal"
+        await until(lambda: bool(replies.answers[0].refusals))
+        assert replies.answers[0].refusals[0].reason == "internal"
         desk.close()
 
     play(scene)
@@ -141,7 +141,7 @@ def test_without_a_tokenizer_that_fits_it_is_refused() -> None:
     async def scene() -> None:
         desk = GrammarDesk(None)
         with pytest.raises(Unsupported):
-            desk.build(job(Replies(Answer(1))), output_grammar(REGEX, "a"), lambda job: None)
+            desk.build(job(Replies({0: Answer(1)})), output_grammar(REGEX, "a"), lambda job: None)
         desk.close()
 
     play(scene)
@@ -159,13 +159,13 @@ def test_an_answer_that_was_complete_when_its_worker_died_is_finished_not_contin
         while engine.has_work:
             ids += [t.token_id for u in engine.step().updates for t in u.tokens]
         desk = GrammarDesk(compiler())
-        complete, partial, done = Replies(Answer(1)), Replies(Answer(2)), list[Job]()
+        complete, partial, done = Replies({0: Answer(1)}), Replies({0: Answer(2)}), list[Job]()
         desk.build(job(complete, 1, make_spec((1, 2, 3), 10, stop=EOS, output=ids)), grammar, done.append)
         desk.build(job(partial, 2, make_spec((1, 2, 3), 10, stop=EOS, output=ids[:-1])), grammar, done.append)
         await until(lambda: bool(done))
         assert [j.attempt for j in done] == [2]
-        assert [f.reason for f in complete.answer.finished] == [STOP]
-        assert not partial.answer.finished
+        assert [f.reason for f in complete.answers[0].finished] == [STOP]
+        assert not partial.answers[0].finished
         desk.close()
 
     play(scene)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -123,13 +123,13 @@ def test_kv_bytes_equal(llama: Path, block_size: int, chunk_tokens: int) -> None
     play(scene())
 
 
-def spy_on_joins(engine: Engine, taken: list[torch.Tensor]) -> Callable[[Reservation, int], None]:
+def spy_on_joins(engine: Engine, taken: list[torch.Tensor]) -> Callable[[Reservation, Mapping[SeqId, int]], None]:
     """`engine.join` that first copies what the blocks hold."""
     join = engine.join
 
-    def spy(reservation: Reservation, token: int) -> None:
+    def spy(reservation: Reservation, first_tokens: Mapping[SeqId, int]) -> None:
         taken.append(engine.runner.pool.elements[reservation.block_ids].clone())
-        join(reservation, token)
+        join(reservation, first_tokens)
 
     return spy
 
@@ -427,6 +427,118 @@ def test_drafts_after_a_hand_off_change_nothing_and_are_counted(llama: Path) -> 
             assert 15 < answer.accepted_draft_tokens < answer.draft_tokens
         counts = rig.decode.engine.draft_counts()["echo"]
         assert counts.num_drafted > counts.num_accepted > 30
+        await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def ends(answers: list[Answer]) -> bool:
+    return all(answer.end is not None or answer.refusals for answer in answers)
+
+
+@pytest.mark.parametrize("length", [64, 77])
+def test_choices_of_one_prompt_move_its_kv_once_and_are_those_of_requests_of_their_own(llama: Path, length: int) -> None:
+    model = load_model(llama)
+    sampling = SamplingParams(temperature=1.0, seed=4, logprobs=1, presence_penalty=0.3)
+    prompt = prompts("together", (length,))[0]
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model, chunk_tokens=32), make_engine(model))
+        alone = [rig.ask(prompt, 20, sampling=sampling, choice=c) for c in range(4)]
+        await until(lambda: ends(alone))
+        await rig.settle()
+        rig.close()
+        for part in (None, WHOLE):
+            fresh = Rig(make_engine(model, chunk_tokens=32), make_engine(model))
+            answers = fresh.ask_together(4, prompt, 20, sampling=sampling, part=part)
+            await until(lambda a=answers: ends(a))  # type: ignore[misc]
+            for mine, other in zip(answers, alone, strict=True):
+                assert mine.ids() == other.ids() and len(mine.ids()) == 20
+                assert sorted(mine.logprobs) == list(range(20))
+                a, b = mine.logprobs[0].chosen, other.logprobs[0].chosen
+                assert (a.token_id, a.logprob) == (b.token_id, pytest.approx(b.logprob, abs=1e-4))
+            if part is None:
+                moved = [f.kv_transfer.blocks for a in answers for f in a.finished if f.reason]
+                assert moved == [-(-length // 32)] * 4
+                [shipped] = {f.transfer_id for a in answers for f in a.finished if not f.reason}
+                assert shipped
+                tally = fresh.decode.decode._context.tally
+                assert sum(tally.endings.values()) == 1, "one hand-off for all"
+            await fresh.settle()
+            fresh.close()
+
+    play(scene())
+
+
+@pytest.mark.parametrize("when", ["at once", "after the first tokens", "while they generate"])
+def test_a_choice_that_is_cancelled_leaves_the_others(llama: Path, when: str) -> None:
+    model = load_model(llama)
+    sampling = SamplingParams(temperature=1.0, seed=4)
+    prompt = prompts("leave", (200,))[0]
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model, chunk_tokens=32), make_engine(model))
+        alone = [rig.ask(prompt, 40, sampling=sampling, choice=c) for c in range(3)]
+        await until(lambda: ends(alone))
+        for who in ([0], [1, 2], [0, 1, 2]):
+            answers = rig.ask_together(3, prompt, 40, sampling=sampling)
+            wanted = {"at once": 0, "after the first tokens": 1, "while they generate": 10}[when]
+            await until(lambda a=answers, n=wanted: min(len(x.tokens) for x in a) >= n)  # type: ignore[misc]
+            for i in who:
+                rig.cancel(answers[i], i)
+            left = [a for i, a in enumerate(answers) if i not in who]
+            await until(lambda a=left: ends(a))  # type: ignore[misc]
+            for i, answer in enumerate(answers):
+                assert i in who or answer.ids() == alone[i].ids()
+                assert not answer.refusals
+            await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def test_choices_that_end_with_their_first_token_are_not_handed_over(llama: Path) -> None:
+    model = load_model(llama)
+    sampling = SamplingParams(temperature=1.0, seed=4)
+    prompt = prompts("first", (50,))[0]
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model), make_engine(model))
+        alone = [rig.ask(prompt, 8, sampling=sampling, choice=c) for c in range(4)]
+        await until(lambda: ends(alone))
+        firsts = [a.ids()[0] for a in alone]
+        for stop in (frozenset(firsts[:1]), frozenset(firsts[1:]), frozenset(firsts)):
+            answers = rig.ask_together(4, prompt, 8, sampling=sampling, stop=stop)
+            await until(lambda a=answers: ends(a))  # type: ignore[misc]
+            for mine, other in zip(answers, alone, strict=True):
+                cut = [i for i, token in enumerate(other.ids()) if token in stop]
+                assert mine.ids() == other.ids()[: cut[0] + 1 if cut else 8]
+                assert mine.end is not None
+                assert (mine.end.reason == inference_pb2.FINISH_REASON_STOP) == bool(cut)
+            if stop == frozenset(firsts):
+                for answer in answers:
+                    rig.cancel(answer)  # as the router does at decode
+            await rig.settle()
+        rig.close()
+
+    play(scene())
+
+
+def test_a_hand_off_that_fails_is_one_refusal_for_all_its_choices(llama: Path) -> None:
+    model = load_model(llama)
+    prompt = prompts("lost", (100,))[0]
+
+    async def scene() -> None:
+        rig = Rig(make_engine(model, chunk_tokens=32), make_engine(model))
+        answers = rig.ask_together(3, prompt, 20)
+        await until(lambda: rig.prefill.agent.num_open > 0)
+        rig.prefill.agent.peer_gone(rig.decode.agent.incarnation)
+        await until(lambda: all(a.refusals for a in answers))
+        for answer in answers:
+            assert not any(r.HasField("choice") for r in answer.refusals)
+            assert all(r.is_retryable for r in answer.refusals)
+        rig.cancel(answers[0])
         await rig.settle()
         rig.close()
 

@@ -181,7 +181,7 @@ def test_the_draft_model_catches_up_after_a_hand_off_beside_the_steps(
     assert reservation is not None
     engine.runner.pool.elements[list(reservation.block_ids)] = source.runner.pool.elements[list(update.block_ids)]
     engine.lending.commit(reservation, 0, len(reservation.block_ids), spec.block_hashes)
-    engine.join(reservation, update.tokens[0].token_id)
+    engine.join(reservation, {reservation.spec.seq_id: update.tokens[0].token_id})
     updates = drain(engine)
     assert [update.tokens[0].token_id, *(t.token_id for u in updates for t in u.tokens)] == answer
     assert len(pieces) > 3 and max(pieces) <= 100, "half a step's worth at a time"
