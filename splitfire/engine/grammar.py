@@ -20,6 +20,7 @@ from splitfire.engine.constraint import WORD_BITS, ConstraintFailed, Mask, clear
 
 TOO_COMPLEX, DEAD_END, BROKEN = "constraint_too_complex", "constraint_dead_end", "constraint_broken"
 NOTHING_FITS = "NoExtension"  # what the library calls it when no token may follow
+NOT_ALLOWED = "satisfy the grammar"  # and what it says of a token that may not
 
 
 class GrammarCompiler:
@@ -45,17 +46,24 @@ class GrammarCompiler:
 
 
 class CompiledGrammar:
-    """Implements `Grammar`: a matcher before its first token, which is never advanced itself. Its copies share its lexer and the
-    bounds of that, so it is for the choices of one request and for nobody else."""
+    """Implements `Grammar`: a matcher that has followed the first `num_followed` tokens of an output, and is not advanced itself.
+    Its copies share its lexer and the bounds of that, so it is for one request and for nobody else."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: tuple[int, ...]) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: tuple[int, ...], num_followed: int = 0) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._eos = eos
+        self._num_followed = num_followed
+
+    def after(self, output: Seq[int]) -> CompiledGrammar:
+        """The same for outputs that begin with this one: the engine, which waits for `start`, need not follow it again."""
+        matcher = self._matcher.deep_copy()
+        matcher.consume_tokens(list(output[self._num_followed :]))  # an error stays, and is the first mask's
+        return CompiledGrammar(matcher, self._vocab_size, self._eos, len(output))
 
     def start(self, output: Seq[int], stop_token_ids: frozenset[int]) -> GrammarState:
         state = GrammarState(self._matcher.deep_copy(), self._vocab_size, self._eos, stop_token_ids)
-        for token_id in output:
+        for token_id in output[self._num_followed :]:
             state.advance(token_id)
         return state
 
@@ -95,7 +103,7 @@ class GrammarState:
         began = time.thread_time()
         self._num_tokens += 1
         if not self._matcher.consume_token(token_id):
-            self._failure = BROKEN if "satisfy the grammar" in self._matcher.get_error() else TOO_COMPLEX
+            self._failure = _reason(self._matcher.get_error())
         self._charge(time.thread_time() - began)
 
     @property
@@ -112,7 +120,7 @@ class GrammarState:
         if not self._matcher.is_stopped():
             self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if self._matcher.is_error():
-            self._failure = DEAD_END if self._matcher.get_error().startswith(NOTHING_FITS) else TOO_COMPLEX
+            self._failure = _reason(self._matcher.get_error())
         elif _has_others(mask, self._eos):
             clear(mask, self._forbidden)
             self._mask = mask
@@ -128,6 +136,13 @@ class GrammarState:
         most = limits.MASK_BURST_S + limits.MEAN_MASK_S * self._num_tokens
         if seconds > limits.MAX_MASK_S or self._spent_s > most:
             self._failure = self._failure or TOO_COMPLEX
+
+
+def _reason(error: str) -> str:
+    """Of a matcher's error, which it never recovers from."""
+    if error.startswith(NOTHING_FITS):
+        return DEAD_END
+    return BROKEN if NOT_ALLOWED in error else TOO_COMPLEX
 
 
 def _has_others(mask: Mask, token_ids: Seq[int]) -> bool:

@@ -94,4 +94,7 @@ class GrammarDesk:
 def _build(compiler: GrammarCompiler, grammar: OutputGrammar, spec: SequenceSpec) -> _Built:
     """On the thread. An answer may be complete when its worker died before it could say so."""
     built = compiler.compile(grammar)
-    return _Built(built, bool(spec.output) and built.start(spec.output, spec.stopping.stop_token_ids).is_over)
+    if not spec.output:
+        return _Built(built, is_over=False)
+    built = built.after(spec.output)
+    return _Built(built, built.start(spec.output, spec.stopping.stop_token_ids).is_over)

@@ -108,8 +108,9 @@ def test_it_is_a_function_of_the_output(tokenizer: Tokenizer) -> None:
     follower = grammar.start((), EOS)
     for i, token in enumerate(ids):
         assert ids_of(follower.mask()) == ids_of(grammar.start(ids[:i], EOS).mask()), i
+        assert ids_of(follower.mask()) == ids_of(grammar.after(ids[: i // 2]).after(ids[:i]).start(ids[:i], EOS).mask()), i
         follower.advance(token)
-    assert follower.is_over and grammar.start(ids, EOS).is_over
+    assert follower.is_over and grammar.start(ids, EOS).is_over and grammar.after(ids).start(ids, EOS).is_over
 
 
 def test_tokens_that_are_not_of_the_grammar_fail_it(tokenizer: Tokenizer) -> None:
@@ -118,6 +119,9 @@ def test_tokens_that_are_not_of_the_grammar_fail_it(tokenizer: Tokenizer) -> Non
     assert state.num_valid(encode(tokenizer, "abc")) == 0
     with pytest.raises(ConstraintFailed, match="constraint_broken"):
         state.mask()
+    resumed = compiled(REGEX, "abc").after(encode(tokenizer, "abx"))
+    with pytest.raises(ConstraintFailed, match="constraint_broken"):
+        resumed.start(encode(tokenizer, "abx"), EOS).mask()
 
 
 def test_nothing_left_beside_blocked_tokens_is_a_dead_end(tokenizer: Tokenizer) -> None:
