@@ -32,7 +32,7 @@ def play(scene: Scene, pool: FormatPool | None = None) -> None:
             await scene(formats)
         finally:
             await formats.close()
-        assert not [c for c in psutil.Process().children() if "worker" in " ".join(c.cmdline())]
+        assert not [c for c in psutil.Process().children() if {"router.format_worker", "tests.router.odd_worker"} & {*c.cmdline()}]
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
