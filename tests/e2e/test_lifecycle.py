@@ -169,9 +169,9 @@ def test_the_last_decode_worker_dying_says_what_was_streamed() -> None:
 
 def test_sigterm_drains_a_worker() -> None:
     """F16: what is accepted is finished, nothing new is taken, exit 0."""
-    with start_fleet("pico", prefill=1, decode=2) as fleet:
-        expected = fleet.ids(count=200)
-        call = fleet.stub.Generate(greedy(count=200))
+    with start_fleet("pico", prefill=1, decode=2, worker=("--speculate=off",)) as fleet:
+        expected = fleet.ids(count=1500)
+        call = fleet.stub.Generate(greedy(count=1500))
         ids = first_tokens(call, 3)
         [busy] = [w for w in _until_busy(fleet) if w.running_sequences]
         [child] = [c for c in fleet.fleet.children if c.name == busy.worker_id]
