@@ -74,21 +74,19 @@ class Ceiling:
     knowing: float  # with the best width, and no draft at all where none of it can be right
 
 
-def ceiling_of(edited: Sequence[Edited], costs: StepCosts) -> Ceiling:
-    """Of a batch of them: every sequence has the same width in a step."""
-    count = len(edited)
-    plain, added = costs.plain(count) / costs.ratio, costs.added(count)
+def ceiling_of(edited: Sequence[Edited], batch: int, costs: StepCosts) -> Ceiling:
+    """`batch` of them at a time, all with the same width in a step."""
+    plain, added = costs.plain(batch), costs.added(batch)
     num_tokens = sum(len(each.runs) - 1 for each in edited)
     best_fixed = best_knowing = 1.0
     for width in WIDTHS:
-        if width * count >= len(added):
+        if width * batch >= len(added):
             continue
         verifications = [_verifications(each.runs, width) for each in edited]
-        useless = sum(lost for _, lost in verifications) / count
-        steps = sum(all_of_them for all_of_them, _ in verifications) / count
-        whole = plain + added[width * count]
-        best_fixed = max(best_fixed, num_tokens / count * plain / (steps * whole))
-        best_knowing = max(best_knowing, num_tokens / count * plain / ((steps - useless) * whole + useless * plain))
+        steps, useless = (sum(counts) for counts in zip(*verifications, strict=True))
+        whole = plain + added[width * batch]
+        best_fixed = max(best_fixed, num_tokens * plain / (steps * whole))
+        best_knowing = max(best_knowing, num_tokens * plain / ((steps - useless) * whole + useless * plain))
     return Ceiling(best_fixed, best_knowing)
 
 

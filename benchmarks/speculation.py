@@ -1,8 +1,8 @@
 """W7, speculative edits: `python -m benchmarks.speculation [--model DIR] [--quick]`. Ten minutes on two cores for a small model.
 
 The model's own greedy answers, edited, are given as predicted outputs. Each batch is generated without speculation (the
-opponent), with the controller, and with every fixed width, in turn, by one runner over one pool, without a prefix cache; only
-the steps in which everybody decodes are timed. Ceilings come from the cost table measured at start (edits.py). And what
+opponent), with the controller, and with every fixed width, in turn, by one runner over one pool, without a prefix cache;
+steps that compute prompts are not counted. Ceilings come from the cost table measured at start (edits.py). And what
 following a text of 64k tokens costs, token by token.
 """
 
@@ -34,13 +34,15 @@ from splitfire.engine.speculation.controller import Controller, Offer, Pick
 from splitfire.engine.speculation.costs import CostPoint, StepCosts
 from splitfire.engine.speculation.lookup import Lookup
 from splitfire.engine.speculation.measure import SHAPES, measure_steps
-from splitfire.engine.speculation.speculator import BatchSpeculator
+from splitfire.engine.speculation.speculator import BatchSpeculator, Sources
 from splitfire.worker.loading import LoadedModel, load_model
 
 SIMILARITIES = (1.0, 0.95, 0.9, 0.75, 0.5, 0.0)
 SPEED_UPS = {1.0: 8.0, 0.95: 5.0, 0.9: 3.5}  # at batch 1: the targets
+EDITS = Sources(lookup=False)  # answers that repeat themselves would be fast without any prediction
 FIXED_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128)
 PROMPT_TOKENS = 64
+MIN_REQUESTS = 8  # one after another where the batch is smaller
 HISTORY = 65536
 
 
@@ -85,29 +87,33 @@ class Bench:
     def costs(self) -> StepCosts:
         return StepCosts(self.points)
 
-    def run(self, prompts: Seq[Seq[int]], predicted: Seq[Seq[int]], controller: Controller | None) -> Ran:
-        """A fresh engine and speculator, so that nothing is known from before."""
+    def run(
+        self, batch: int, prompts: Seq[Seq[int]], predicted: Seq[Seq[int]], controller: Controller | None, sources: Sources = EDITS
+    ) -> Ran:
+        """`batch` of them at a time. A fresh engine and speculator, so that nothing is known from before."""
         runner = self.loaded.engine.runner
         blocks = BlockPool(runner.pool.num_blocks, caches_prefixes=False)
         speculator: Speculator | None = None
         if controller is not None:
-            speculator = BatchSpeculator(controller, time.perf_counter)
-        engine = Engine(runner, blocks, Budget(512, 64), time.perf_counter, speculator)
+            speculator = BatchSpeculator(controller, time.perf_counter, sources)
+        engine = Engine(runner, blocks, Budget(512, batch), time.perf_counter, speculator)
         specs = [self._spec(prompt, given) for prompt, given in zip(prompts, predicted, strict=True)]
         tokens: dict[SeqId, list[int]] = {spec.seq_id: [] for spec in specs}
         for spec in specs:
             engine.add(spec)
-        began, num_before = 0.0, 0
+        seconds, num_tokens = 0.0, 0
         while engine.has_work:
+            began = time.perf_counter()
             result = engine.step()
+            took = time.perf_counter() - began
             for update in result.updates:
                 tokens[update.seq_id] += (token.token_id for token in update.tokens)
-            if not began and all(tokens.values()):
-                began, num_before = time.perf_counter(), sum(map(len, tokens.values()))
-        seconds = time.perf_counter() - began
+            if not any(update.times for update in result.events):  # no first token: nobody's prompt was computed in it
+                seconds += took
+                num_tokens += sum(len(update.tokens) for update in result.updates)
         counts = engine.draft_counts().values()
         return Ran(
-            (sum(map(len, tokens.values())) - num_before) / seconds,
+            num_tokens / seconds,
             tuple(tuple(tokens[spec.seq_id]) for spec in specs),
             sum(c.num_drafted for c in counts),
             sum(c.num_accepted for c in counts),
@@ -127,9 +133,11 @@ class Case:
 
     name: str
     similarity: float
+    batch: int
     edited: Seq[Edited]
     prompts: Seq[Seq[int]]
     ceiling: Ceiling
+    sources: Sources
 
 
 def held_out(tokenizer: Tokenizer, count: int) -> list[int]:
@@ -143,16 +151,20 @@ def held_out(tokenizer: Tokenizer, count: int) -> list[int]:
 
 
 def cases(bench: Bench, tokenizer: Tokenizer, batches: Seq[int], similarities: Seq[float]) -> list[Case]:
-    text = held_out(tokenizer, PROMPT_TOKENS * max(batches))
+    text = held_out(tokenizer, PROMPT_TOKENS * max(MIN_REQUESTS, *batches))
     end = tokenizer.token_to_id(END)
     made = []
     for batch in batches:
-        prompts = [[end or 0, *text[PROMPT_TOKENS * i : PROMPT_TOKENS * (i + 1)]] for i in range(batch)]
-        answers = bench.run(prompts, [()] * batch, None).tokens
+        count = max(MIN_REQUESTS, batch)
+        prompts = [[end or 0, *text[PROMPT_TOKENS * i : PROMPT_TOKENS * (i + 1)]] for i in range(count)]
+        answers = bench.run(batch, prompts, [()] * count, None).tokens
         for similarity in similarities:
             edited = [edit(answer, similarity, bench.vocab_size, Random(f"{similarity}-{i}")) for i, answer in enumerate(answers)]
-            ceiling = ceiling_of(edited, bench.costs())
-            made.append(Case(f"{100 * similarity:.0f} % similar, batch {batch}", similarity, edited, prompts, ceiling))
+            ceiling = ceiling_of(edited, batch, bench.costs())
+            name = f"{100 * similarity:.0f} % similar, batch {batch}"
+            made.append(Case(name, similarity, batch, edited, prompts, ceiling, EDITS))
+            if similarity == 0.0:
+                made.append(Case(f"{name}, lookup too", similarity, batch, edited, prompts, ceiling, Sources()))
     return made
 
 
@@ -162,15 +174,17 @@ def measure(bench: Bench, case: Case, num_turns: int, widths: Seq[int]) -> list[
     without, ours, drafted, same = [], [], [], []
     fixed: dict[int, list[float]] = {width: [] for width in widths}
     for _ in range(num_turns):
-        plain = bench.run(case.prompts, predicted, None)
-        ran = bench.run(case.prompts, predicted, Controller(bench.costs()))
+        plain = bench.run(case.batch, case.prompts, predicted, None)
+        ran = bench.run(case.batch, case.prompts, predicted, Controller(bench.costs()), case.sources)
         without.append(plain.tokens_per_s)
         ours.append(ran.tokens_per_s)
         drafted.append(ran.num_accepted / max(ran.num_drafted, 1))
         pairs = [(a, b) for mine, theirs in zip(ran.tokens, plain.tokens, strict=True) for a, b in zip(mine, theirs, strict=True)]
         same.append(sum(a == b for a, b in pairs) / len(pairs))
         for width in widths:
-            fixed[width].append(bench.run(case.prompts, predicted, FixedWidth(bench.costs(), width)).tokens_per_s)
+            fixed[width].append(
+                bench.run(case.batch, case.prompts, predicted, FixedWidth(bench.costs(), width), case.sources).tokens_per_s
+            )
     return rows_of(case, without, ours, fixed, [statistics.median(drafted), statistics.median(same)])
 
 
@@ -178,7 +192,7 @@ def rows_of(case: Case, without: Seq[float], ours: Seq[float], fixed: dict[int, 
     speed, plain = statistics.median(ours), statistics.median(without)
     ratios = [a / b for a, b in zip(ours, without, strict=True)]
     ratio = statistics.median(ratios)
-    is_single = len(case.prompts) == 1
+    is_single = case.batch == 1
     bound = SPEED_UPS.get(case.similarity, 0.98) if is_single or case.similarity == 0.0 else None
     if case.similarity == 0.0:
         bound = min(0.98, 1.0 - half_spread(ratios))
@@ -247,8 +261,8 @@ def table(points: Seq[CostPoint]) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pico", help="pico or a model directory, such as build/checkpoints/smol135")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--similarity", type=float, nargs="+", default=list(SIMILARITIES))
+    parser.add_argument("--batch", type=int, nargs="+", help="sequences at a time; 1 4 16")
+    parser.add_argument("--similarity", type=float, nargs="+", help="of what is predicted; 1 0.95 0.9 0.75 0.5 0")
     parser.add_argument("--output", type=int, default=256, help="tokens an answer")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--no-widths", action="store_true", help="without the sweep of fixed widths")
@@ -257,7 +271,9 @@ def main() -> None:
     parser.add_argument("worker", nargs="*", help="further flags of a worker, after --")
     asked = parser.parse_args()
     if asked.quick:
-        asked.batch, asked.similarity, asked.output, asked.turns = [1], [0.9, 0.0], 64, 1
+        asked.output, asked.turns = 64, 1
+    batches = asked.batch or ([1] if asked.quick else [1, 4, 16])
+    similarities = asked.similarity or ([0.9, 0.0] if asked.quick else SIMILARITIES)
     flags = [f"--model={asked.model}", "--speculate=off", "--no-prefix-cache", "--log-level=warning", *asked.worker]
     loaded = load_model(
         parse_settings(WorkerSettings, [*flags, *([f"--threads={asked.threads}"] if asked.threads else [])], prog="bench")
@@ -265,7 +281,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(loaded.model.tokenizer_path))
     bench = Bench(loaded, asked.output)
     rows = table(bench.points)
-    for case in cases(bench, tokenizer, asked.batch, asked.similarity):
+    for case in cases(bench, tokenizer, batches, similarities):
         rows += measure(bench, case, asked.turns, () if asked.no_widths else FIXED_WIDTHS)
     rows += latencies(tokenizer, 2000 if asked.quick else 20_000)
     name = Path(asked.model).name

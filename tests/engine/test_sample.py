@@ -70,6 +70,44 @@ def test_filters_keep_what_they_should(logits: torch.Tensor) -> None:
     assert set(draws(logits, 4000, min_p=0.3).nonzero().flatten().tolist()) == likely
 
 
+def kept_by(probabilities: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> torch.Tensor:
+    """What the filters leave of a distribution, written down from their definitions, one after the other."""
+    left = probabilities.double()
+    if top_k:
+        left = torch.where(left >= left.topk(top_k).values[-1], left, 0)
+        left /= left.sum()
+    ranked, order = left.sort(descending=True)
+    before = ranked.cumsum(0) - ranked
+    left[order[before >= top_p]] = 0
+    left = torch.where(left >= min_p * left.max(), left, 0)
+    return left / left.sum()
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}],
+    ids=lambda filters: "-".join(filters) or "none",
+)
+@pytest.mark.parametrize("temperature", [0.7, 1.4])
+def test_over_seeds_tokens_come_as_often_as_the_filters_leave_them(
+    logits: torch.Tensor, temperature: float, filters: dict[str, Any]
+) -> None:
+    """Chi-square, at most five standard deviations over its mean; choices and positions vary along with the seeds."""
+    count = 5000
+    rows = [row(i % 7, choice=i % 3, seed=1000 + i, temperature=temperature, **filters) for i in range(count)]
+    seen = torch.bincount(torch.tensor([t.token_id for t in sample(logits.expand(count, -1), rows)]), minlength=VOCAB).double()
+    expected = count * kept_by((logits / temperature).softmax(-1), **filters)
+    assert seen[expected == 0].sum() == 0
+    likely = expected >= 5
+    rare_seen, rare_expected = seen[~likely].sum(), expected[~likely].sum()
+    cells = [*zip(seen[likely].tolist(), expected[likely].tolist(), strict=True)]
+    if rare_expected >= 5:
+        cells.append((float(rare_seen), float(rare_expected)))
+    degrees = len(cells) - 1
+    assert degrees >= 3
+    assert sum((a - b) ** 2 / b for a, b in cells) <= degrees + 5 * (2 * degrees) ** 0.5
+
+
 def test_a_tiny_top_p_is_greedy(logits: torch.Tensor) -> None:
     assert draws(logits, 50, top_p=1e-6)[logits.argmax()] == 1.0
 

@@ -323,7 +323,7 @@ def test_a_failed_hand_off_goes_to_another_decode_worker_and_nothing_is_computed
 
     async def scene() -> None:
         desk = Desk(decodes=2)
-        asked = desk.ask(max_tokens=3)
+        asked = desk.ask(max_tokens=3, predicted=(8, 9))
         [p] = desk.prefills
 
         def refuse(d: FakeWorker, submit: fleet_pb2.Submit) -> None:
@@ -342,6 +342,7 @@ def test_a_failed_hand_off_goes_to_another_decode_worker_and_nothing_is_computed
         assert redirect.handoff.transfer_id == again.handoff.transfer_id != submit.handoff.transfer_id
         assert redirect.handoff.token == again.handoff.token != submit.handoff.token
         assert list(again.output_token_ids) == [], "the first token is handed over, not given"
+        assert list(again.predicted_token_ids) == [8, 9]
         p.refuse(submit.attempt, "handoff_aborted", held=submit.handoff.transfer_id)  # its word for the first, late
         p.finish(submit.attempt)
         other = next(w for w in desk.decodes if again.attempt in w.handle.attempts)

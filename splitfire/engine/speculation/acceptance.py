@@ -41,7 +41,7 @@ class Shares:
     def came_true(self, at: int, count: int) -> None:
         """`count` tokens of bin `at`."""
         weight = self._weights[at]
-        self.misses[at] *= (1.0 - weight) ** count
+        self.misses[at] *= 1.0 - weight if count == 1 else (1.0 - weight) ** count
         if weight > self._slowest:
             self._weights[at] = max(self._slowest, weight / (1.0 + count * weight))
 
@@ -65,20 +65,26 @@ class Acceptance:
     def missed(self, evidence: int) -> None:
         at = _BIN_OF[evidence] if evidence < _MOST else NUM_BINS - 1
         common = self._everyone.misses[at]
-        self._believe(1, log(_possible(self._own.misses[at]) / _possible(common * self._misses / self._expected)))
+        self._believe(FORGETTING, log(_possible(self._own.misses[at]) / _possible(common * self._misses / self._expected)))
         self._remember(1, common, 1.0)
         self._own.missed(at)
         self._everyone.missed(at)
 
     def came_true(self, evidence: int, count: int = 1) -> None:
         """`count` tokens in a row, the first of them at `evidence`."""
-        for at, num_tokens in ((NUM_BINS - 1, count),) if evidence >= _MOST else _bins(evidence, count):
-            common = self._everyone.misses[at]
-            own_hit, common_hit = 1.0 - _possible(self._own.misses[at]), 1.0 - _possible(common * self._misses / self._expected)
-            self._believe(num_tokens, num_tokens * log(own_hit / common_hit))
-            self._remember(num_tokens, num_tokens * common, 0.0)
-            self._own.came_true(at, num_tokens)
-            self._everyone.came_true(at, num_tokens)
+        if evidence >= _MOST or _BIN_OF[evidence] == _BIN_OF[min(evidence + count - 1, _MOST)]:
+            self._came_true(_BIN_OF[min(evidence, _MOST)], count)
+            return
+        for at, num_tokens in _bins(evidence, count):
+            self._came_true(at, num_tokens)
+
+    def _came_true(self, at: int, count: int) -> None:
+        common = self._everyone.misses[at]
+        own_hit, common_hit = 1.0 - _possible(self._own.misses[at]), 1.0 - _possible(common * self._misses / self._expected)
+        self._believe(FORGETTING if count == 1 else FORGETTING**count, count * log(own_hit / common_hit))
+        self._remember(count, count * common, 0.0)
+        self._own.came_true(at, count)
+        self._everyone.came_true(at, count)
 
     def survival(self, evidence: int, width: int, least: float) -> list[float]:
         """For each of the next `width` tokens the chance that it and all before it come true, as long as it is `least`."""
@@ -95,19 +101,19 @@ class Acceptance:
             chances.append(chance)
         return chances
 
-    def _believe(self, count: int, log_odds: float) -> None:
-        belief = self._belief * FORGETTING**count + log_odds
-        self._belief = min(max(belief, -MOST_BELIEF), MOST_BELIEF)
+    def _believe(self, kept: float, log_odds: float) -> None:
+        belief = self._belief * kept + log_odds
+        self._belief = -MOST_BELIEF if belief < -MOST_BELIEF else MOST_BELIEF if belief > MOST_BELIEF else belief
 
     def _remember(self, count: int, expected: float, misses: float) -> None:
         """TRUST misses of the common shares are never forgotten."""
-        kept = max(0.0, 1.0 - count / MEMORY)
+        kept = 1.0 - count / MEMORY if count < MEMORY else 0.0
         self._expected = TRUST + (self._expected - TRUST) * kept + expected
         self._misses = TRUST + (self._misses - TRUST) * kept + misses
 
 
 def _possible(miss: float) -> float:
-    return min(max(miss, LEAST_MISS), MOST_MISS)
+    return LEAST_MISS if miss < LEAST_MISS else MOST_MISS if miss > MOST_MISS else miss
 
 
 def _bins(evidence: int, count: int) -> Iterator[tuple[int, int]]:

@@ -17,11 +17,14 @@ from splitfire.engine.sequence import SeqId
 from splitfire.engine.speculation.costs import MAX_EXTRA_ROWS, StepCosts
 
 SPEED_SMOOTHING = 0.06  # of a step in the speed of its batch
+REFRESH = 16  # steps
 NUM_UNSURE = 4  # steps until a speed is believed
 DEPTHS = (1, 2, 3, 4, 6, 8)  # of the draft model, for all its sequences alike
 ALLOWANCE = 4.0  # plain steps that may be lost at first
 INCOME = 0.005  # of the time, that may be lost later
 MAX_CREDIT = 8.0  # plain steps: gains of long ago do not pay for losses now
+MAX_ALONE_S = 0.2  # that drafts may add to the step of a sequence that is alone
+MAX_STRETCH, MIN_STRETCH_S = 2.0, 0.015  # and to others': so many plain steps, or this where that is less
 FIRST_PAUSE, MAX_PAUSE = 16, 512  # steps
 
 
@@ -51,19 +54,16 @@ class Controller:
         self._credit = ALLOWANCE  # in plain steps
         self._pause = FIRST_PAUSE
         self._num_paused = 0  # steps left
+        self._num_observed = 0
+        self._bounds: dict[int, _Bounds] = {}  # by number of sequences; made anew now and then
 
     def is_worthwhile(self, num_sequences: int) -> bool:
         """Whether drafts that all come true would be faster than none."""
-        if self._num_paused:
-            return False
-        second = self._seconds_per_token(num_sequences)
-        added = self.costs.added(num_sequences)
-        return any(rows * second > added[rows] for rows in (1, 2, 4, 8, 16, 32, 64, 128))
+        return not self._num_paused and self._bound(num_sequences).is_worthwhile
 
     def least_survival(self, num_sequences: int) -> float:
         """Drafts less likely than this are not looked at."""
-        added = self.costs.added(num_sequences)
-        return max(0.02, 0.5 * added[-1] / (len(added) - 1) / self._seconds_per_token(num_sequences))
+        return self._bound(num_sequences).least_survival
 
     def choose(self, num_sequences: int, offers: Sequence[Offer], modelled: Sequence[Offer], room: int) -> dict[SeqId, Pick]:
         """`offers` cost nothing but their rows, one a sequence; `modelled` are the draft model's, which also cost its time.
@@ -76,22 +76,32 @@ class Controller:
         for depth in DEPTHS if modelled else ():
             mixed, num_drafting = self._mix(num_sequences, offers, modelled, depth, second)
             if num_drafting:
-                drafting_s = depth * self.costs.draft(num_drafting) / self.costs.ratio
+                drafting_s = depth * self.costs.draft(num_drafting)
                 best = max(best, self._best(num_sequences, mixed, room, second, drafting_s), key=lambda b: b.value)
         return _picks(best)
 
     def observe(self, num_sequences: int, num_extra: int, num_tokens: int, step_s: float, proposing_s: float) -> None:
         """What became of a step in which nothing but decoding sequences was computed."""
-        plain_s = self.costs.plain(num_sequences)
+        plain_s = max(self.costs.plain(num_sequences) * self.costs.ratio, 1e-9)
         self.costs.observe(num_sequences, num_extra, step_s)
-        num_steps, took = num_tokens / num_sequences, (step_s + proposing_s) / max(plain_s, 1e-9)
+        num_steps, took = num_tokens / num_sequences, (step_s + proposing_s) / plain_s
         self._speed(num_sequences).observe(num_steps, took)
+        self._num_observed += 1
+        if self._num_observed % REFRESH == 0:
+            self._bounds.clear()
         if self._num_paused:
             self._num_paused -= 1
-            return
-        self._credit += INCOME
-        if num_extra:
-            self._book(num_steps - took)
+        else:
+            self._book(INCOME + (num_steps - took if num_extra else -proposing_s / plain_s))
+
+    def _bound(self, num_sequences: int) -> _Bounds:
+        found = self._bounds.get(num_sequences)
+        if found is None:
+            second, added = self._seconds_per_token(num_sequences), self.costs.added(num_sequences)
+            pays = any(rows * second > added[rows] for rows in (1, 2, 4, 8, 16, 32, 64, 128))
+            least = max(0.02, 0.5 * added[-1] / (len(added) - 1) / second)
+            found = self._bounds[num_sequences] = _Bounds(pays, least)
+        return found
 
     def _book(self, gain: float) -> None:
         self._credit = min(self._credit + gain, MAX_CREDIT)
@@ -102,12 +112,20 @@ class Controller:
             self._pause = FIRST_PAUSE
 
     def _speed(self, num_sequences: int) -> _Speed:
-        return self._speeds.setdefault(num_sequences.bit_length(), _Speed())
+        found = self._speeds.get(num_sequences.bit_length())
+        if found is None:
+            found = self._speeds[num_sequences.bit_length()] = _Speed()
+        return found
 
     def _seconds_per_token(self, num_sequences: int) -> float:
         """Of the batch as it goes now, in the cost table's seconds; never slower than without drafts."""
-        plain = self.costs.plain(num_sequences) / self.costs.ratio / num_sequences
-        return plain / max(1.0, self._speed(num_sequences).value)
+        return self.costs.plain(num_sequences) / num_sequences / max(1.0, self._speed(num_sequences).value)
+
+    def _longest(self, num_sequences: int) -> float:
+        """Seconds that drafts may add to a step: nobody is kept from cancelling, and others wait little for who drafts much."""
+        if num_sequences == 1:
+            return MAX_ALONE_S / self.costs.ratio
+        return max(MAX_STRETCH * self.costs.plain(num_sequences), MIN_STRETCH_S / self.costs.ratio)
 
     def _mix(
         self, num_sequences: int, offers: Sequence[Offer], modelled: Sequence[Offer], depth: int, second: float
@@ -131,20 +149,29 @@ class Controller:
         for offer in offers:
             chances += offer.survival
         chances.sort(reverse=True)
-        added = self.costs.added(num_sequences)
+        added, longest_s = self.costs.added(num_sequences), self._longest(num_sequences)
         expected = best_expected = best_value = 0.0
         count = 0
         for rows, chance in enumerate(chances[: min(room, MAX_EXTRA_ROWS)], 1):
+            if added[rows] > longest_s:
+                break
             expected += chance
             value = expected * second - added[rows]
             if value > best_value:
                 best_value, best_expected, count = value, expected, rows
-        plain_s = self.costs.plain(num_sequences) / self.costs.ratio
-        seconds = plain_s + added[count] + drafting_s
+        seconds = self.costs.plain(num_sequences) + added[count] + drafting_s
         return _Best(
             offers if count else (), chances[count - 1] if count else 2.0, count, best_value - drafting_s,
             seconds / (num_sequences + best_expected),
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What can be said before anything is offered."""
+
+    is_worthwhile: bool
+    least_survival: float
 
 
 class _Speed:

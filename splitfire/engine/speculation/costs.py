@@ -1,7 +1,8 @@
 """What a step costs: measured at start by sequences and rows, corrected while it runs. Pure.
 
 `plain` is a step in which every sequence has one row; `added` is what further rows add. The corrections are running
-ratios: one for everything (other work on the machine, longer contexts), one for each power of two of extra rows.
+ratios: one for everything (other work on the machine, longer contexts), which the numbers here do not contain, because
+choices do not depend on it, and one for each power of two of extra rows.
 """
 
 from __future__ import annotations
@@ -40,50 +41,48 @@ class StepCosts:
         self._curves = {n: _rising(sorted(c, key=lambda p: p.num_rows)) for n, c in sorted(curves.items())}
         self._draft_points = _rising(sorted(draft_points, key=lambda p: p.num_rows))
         self._log_ratio = 0.0
+        self.ratio = 1.0  # by how much steps are slower now than when they were measured
         self._log_shape = [0.0] * (MAX_EXTRA_ROWS.bit_length() + 1)  # by bit length of the extra rows
         self._num_observed = 0
         self._measured: dict[int, list[float]] = {}  # what `added` would be without the ratios
         self._added: dict[int, list[float]] = {}
-
-    @property
-    def ratio(self) -> float:
-        """By how much steps are slower now than when they were measured."""
-        return exp(self._log_ratio)
+        self._plain: dict[int, float] = {}
 
     def plain(self, num_sequences: int) -> float:
-        """Seconds of a step without drafts."""
-        return self.ratio * self._plain(num_sequences)
+        """Seconds of a step without drafts, as measured at start; times `ratio`: now."""
+        found = self._plain.get(num_sequences)
+        if found is None:
+            firsts = [CostPoint(n, n, _at(curve, n)) for n, curve in self._curves.items()]
+            found = self._plain[num_sequences] = _at(firsts, num_sequences)
+        return found
 
     def added(self, num_sequences: int) -> list[float]:
-        """[0 .. MAX_EXTRA_ROWS] seconds that so many draft rows add, never falling. To be read only; times `ratio`."""
+        """[0 .. MAX_EXTRA_ROWS] seconds that so many draft rows add, never falling; times `ratio`: now. To be read only."""
         found = self._added.get(num_sequences)
         if found is None:
             found = self._added[num_sequences] = self._make_added(num_sequences)
         return found
 
     def draft(self, num_sequences: int) -> float:
-        """Seconds in which the draft model makes one token for each of so many sequences."""
-        return self.ratio * _at(self._draft_points, num_sequences) if self._draft_points else 0.0
+        """Seconds in which the draft model makes one token for each of so many sequences; times `ratio`: now."""
+        return _at(self._draft_points, num_sequences) if self._draft_points else 0.0
 
     def observe(self, num_sequences: int, num_extra: int, seconds: float) -> None:
         """A step of so many decoding sequences and draft rows, and nothing else, took this long."""
         num_extra = min(num_extra, MAX_EXTRA_ROWS)
-        expected = self.ratio * (self._plain(num_sequences) + self.added(num_sequences)[num_extra])
-        error = log(max(seconds, 1e-9) / max(expected, 1e-9))
-        self._log_ratio += SMOOTHING * max(-2.0, min(2.0, error))
+        expected = self.plain(num_sequences) + (self.added(num_sequences)[num_extra] if num_extra else 0.0)
+        error = max(-2.0, min(2.0, log(max(seconds, 1e-9) / max(expected * self.ratio, 1e-9))))
+        self._log_ratio += SMOOTHING * error
+        self.ratio = exp(self._log_ratio)
         if not num_extra:
             return
         shape, bucket = self._log_shape, num_extra.bit_length()
         for i in range(len(shape)):
             shape[i] *= 1.0 - RELAXING
-        shape[bucket] = max(-log(MAX_RATIO), min(log(MAX_RATIO), shape[bucket] + SMOOTHING * max(-2.0, min(2.0, error))))
+        shape[bucket] = max(-log(MAX_RATIO), min(log(MAX_RATIO), shape[bucket] + SMOOTHING * error))
         self._num_observed += 1
         if self._num_observed % REFRESH == 0:
             self._added.clear()
-
-    def _plain(self, num_sequences: int) -> float:
-        firsts = [CostPoint(n, n, _at(curve, n)) for n, curve in self._curves.items()]
-        return _at(firsts, num_sequences)
 
     def _make_added(self, num_sequences: int) -> list[float]:
         measured = self._measured.get(num_sequences)

@@ -12,6 +12,7 @@ from splitfire.engine.speculation.suffix import SuffixIndex
 
 MAX_WIDTH = 128
 ONE_BY_ONE = 256  # tokens; more at once go past the shares
+BOOKED_AT_ONCE = 8  # tokens that were right: shares need not be newer than that
 
 
 class Lookup:
@@ -26,15 +27,18 @@ class Lookup:
         self._index = SuffixIndex()
         self._at = 0  # of the token that is expected next; 0: nothing is
         self._may_match = False  # something, if it is looked for
+        self._num_right = 0  # tokens in a row that the shares have not heard of
 
     def follow(self, tokens: Sequence[int], count: int) -> None:
         """Takes in the next `count` of the sequence's tokens, prompt included."""
         begin, self.num_seen = self.num_seen, self.num_seen + count
-        if count == 1 and not self._at:
-            self._may_match = self._index.append(tokens[begin])
+        if count == 1:
+            self._take(tokens[begin])
         elif count <= ONE_BY_ONE:
-            self._advance(tokens[begin : begin + count])
+            for token_id in tokens[begin : begin + count]:
+                self._take(token_id)
         else:  # a prompt, or what came while nobody asked: nothing to learn from
+            self._book()
             self._index.extend(tokens[begin : begin + count])
             self._at, self._may_match = 0, True
 
@@ -63,23 +67,22 @@ class Lookup:
     def verified(self, num_drafted: int, num_accepted: int) -> None:
         """Nothing to learn: `follow` will see the tokens."""
 
-    def _advance(self, token_ids: Sequence[int]) -> None:
-        index = self._index
-        tokens = index.token_ids
-        hits = 0
-        for token_id in token_ids:
-            at = self._at
-            if at and tokens[at] == token_id:
+    def _take(self, token_id: int) -> None:
+        at = self._at
+        if at:
+            if self._index.token_ids[at] == token_id:
                 self._at = at + 1
-                hits += 1
-            elif at:
-                self._followed(hits)
-                hits = self._at = 0
+                self.evidence += 1
+                self._num_right += 1
+                if self._num_right == BOOKED_AT_ONCE:
+                    self._book()
+            else:
+                self._book()
                 self.acceptance.missed(self.evidence)
-            self._may_match = index.append(token_id)
-        self._followed(hits)
+                self._at = 0
+        self._may_match = self._index.append(token_id)
 
-    def _followed(self, hits: int) -> None:
-        if hits:
-            self.acceptance.came_true(self.evidence, hits)
-            self.evidence += hits
+    def _book(self) -> None:
+        if self._num_right:
+            self.acceptance.came_true(self.evidence - self._num_right, self._num_right)
+            self._num_right = 0

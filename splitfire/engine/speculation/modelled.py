@@ -38,7 +38,8 @@ class Modelled:
         self._num_unused += 1
         if self._num_unused % FADE_STEPS == 0:
             self._fade()
-        num_sequences = len(decoding)
+        num_sequences, costs = len(decoding), self._controller.costs
+        tokens_per_s = 64 / max(costs.draft(64), 1e-9)
         typical = Offer(SeqId(0), self.source, Acceptance(self.shares).survival(0, DEPTHS[-1], 0.0))
         if not self._controller.choose(num_sequences, (), [typical], DEPTHS[-1]):
             return []
@@ -51,11 +52,10 @@ class Modelled:
             if (missing := self._model.num_missing(sequence)) == 0:
                 survival = self._acceptance(sequence.spec.seq_id).survival(0, width, 0.0)
                 offers.append(Offer(sequence.spec.seq_id, self.source, survival))
-            elif missing / self._tokens_per_s < CATCH_UP_SHARE * sequence.num_left * self._controller.costs.plain(num_sequences):
+            elif missing / tokens_per_s < CATCH_UP_SHARE * sequence.num_left * costs.plain(num_sequences):
                 behind.append(sequence)
         if behind:
-            seconds = MOST_OF_A_STEP * self._controller.costs.plain(num_sequences)
-            self._model.catch_up(behind, max(16, int(self._tokens_per_s * seconds)))
+            self._model.catch_up(behind, max(16, int(tokens_per_s * MOST_OF_A_STEP * costs.plain(num_sequences))))
         return offers
 
     def draft(self, decoding: Seq[Sequence], picks: Mapping[SeqId, Pick]) -> dict[SeqId, Draft]:
@@ -75,10 +75,6 @@ class Modelled:
     def forget(self, seq_id: SeqId) -> None:
         self._model.forget(seq_id)
         self._acceptances.pop(seq_id, None)
-
-    @property
-    def _tokens_per_s(self) -> float:
-        return 64 / max(self._controller.costs.draft(64), 1e-9)
 
     def _acceptance(self, seq_id: SeqId) -> Acceptance:
         found = self._acceptances.get(seq_id)

@@ -15,6 +15,7 @@ from splitfire.engine.speculation.suffix import MAX_MATCH, MIN_MATCH, SuffixInde
 
 MIN_WIDTH, MAX_WIDTH = 16, 128
 ONE_BY_ONE = 256  # tokens; more at once go past the shares
+BOOKED_AT_ONCE = 8  # tokens that were right: shares need not be newer than that
 NEAR = 48  # tokens after the place of parting that a short match counts in
 PATIENCE = 48  # tokens without a match until nothing is guessed any more
 SOLID = 8  # evidence from which on the cursor is where it should be
@@ -42,6 +43,7 @@ class Predicted:
         self._state = 0  # of the rolling hash of the answer
         self._width = MIN_WIDTH
         self._is_lost = False  # the cursor is to be set anew
+        self._num_right = 0  # tokens in a row that the shares have not heard of
 
     def look(self) -> int:
         """How many tokens it could propose now."""
@@ -54,8 +56,10 @@ class Predicted:
         """Takes in the next `count` of the sequence's tokens, output only."""
         begin, self.num_seen = self.num_seen, self.num_seen + count
         if count <= ONE_BY_ONE:
-            self._advance(tokens[begin : begin + count])
+            for token_id in tokens[begin : begin + count]:
+                self._advance(token_id)
         else:  # the answer is elsewhere by now: found again by what it ends with
+            self._book()
             self._since = PATIENCE + 1
             for token_id in tokens[begin + count - MAX_MATCH : begin + count]:
                 self._take(token_id)
@@ -71,37 +75,33 @@ class Predicted:
         else:
             self._width = max(self._width // 2, MIN_WIDTH)
 
-    def _advance(self, token_ids: Sequence[int]) -> None:
-        given = self._index.token_ids
-        hits = 0
-        for token_id in token_ids:
-            self._take(token_id)
-            if not self._is_lost and self._at < len(given):
-                if given[self._at] == token_id:
-                    self._at += 1
-                    hits += 1
-                    continue
-                self._followed(hits)
-                hits = 0
-                self.acceptance.missed(self.evidence)
-            self._is_lost = True
-            self._since += 1
-        self._followed(hits)
+    def _advance(self, token_id: int) -> None:
+        self._take(token_id)
+        self._since += 1
+        if not self._is_lost and self._at < len(self._index.token_ids):
+            if self._index.token_ids[self._at] == token_id:
+                self._at += 1
+                self.evidence += 1
+                self._num_right += 1
+                if self.evidence >= SOLID:
+                    self._home, self._since = self._at, 0
+                if self._num_right == BOOKED_AT_ONCE:
+                    self._book()
+                return
+            self._book()
+            self.acceptance.missed(self.evidence)
+        self._is_lost = True
+
+    def _book(self) -> None:
+        if self._num_right:
+            self.acceptance.came_true(self.evidence - self._num_right, self._num_right)
+            self._num_right = 0
 
     def _take(self, token_id: int) -> None:
         self._ending.append(token_id)
         self._state = rolled(self._state, token_id)
         if len(self._ending) >= 16 * MAX_MATCH:
             del self._ending[:-MAX_MATCH]
-
-    def _followed(self, hits: int) -> None:
-        if not hits:
-            return
-        self.acceptance.came_true(self.evidence, hits)
-        self.evidence += hits
-        self._since += hits
-        if self.evidence >= SOLID:
-            self._home, self._since = self._at, 0
 
     def _anchor(self) -> None:
         """The cursor where the answer's end is in the text, by the most evidence; if nowhere, where it would be had the text

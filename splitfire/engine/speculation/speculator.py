@@ -28,6 +28,8 @@ CATCH_UP_TOKENS = 4096  # that one step takes into indexes at most: a millisecon
 
 
 Drafters = tuple[Lookup | Predicted, ...]
+QUIET_STEPS = 16  # without anything to propose, after each of which a sequence is looked at less often
+LONGEST_NAP = 4  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,13 @@ class BatchSpeculator:
         self._clock = clock
         self._sources = sources
         self._modelled = modelled
-        self._drafters: dict[SeqId, Drafters] = {}
+        self._followed: dict[SeqId, _Followed] = {}
         self._offered: dict[SeqId, Lookup | Predicted] = {}  # in the step under way
         self._proposing_s = 0.0
 
     @property
     def num_followed(self) -> int:
-        return len(self._drafters)
+        return len(self._followed)
 
     def propose(self, decoding: Seq[Sequence], room: int) -> Mapping[SeqId, Draft]:
         controller, num_sequences = self.controller, len(decoding)
@@ -98,7 +100,7 @@ class BatchSpeculator:
             self.controller.observe(len(results), num_extra, num_tokens, step_s, self._proposing_s)
 
     def forget(self, seq_id: SeqId) -> None:
-        self._drafters.pop(seq_id, None)
+        self._followed.pop(seq_id, None)
         if self._modelled is not None:
             self._modelled.forget(seq_id)
 
@@ -109,11 +111,13 @@ class BatchSpeculator:
         self._offered.clear()
         for sequence in decoding:
             seq_id = sequence.spec.seq_id
-            drafters = self._drafters.get(seq_id)
-            if drafters is None:
-                drafters = self._drafters[seq_id] = self._begin(sequence)
+            followed = self._followed.get(seq_id)
+            if followed is None:
+                followed = self._followed[seq_id] = _Followed(self._begin(sequence))
             tokens, best = sequence.tokens, none
-            for drafter in drafters:
+            if len(tokens) < followed.wakes_at:
+                continue
+            for drafter in followed.drafters:
                 if behind := len(tokens) - drafter.num_seen:
                     if behind > 1:
                         behind = min(behind, budget)
@@ -127,6 +131,10 @@ class BatchSpeculator:
                     best, self._offered[seq_id] = survival, drafter
             if best:
                 offers.append(Offer(seq_id, self._offered[seq_id].source, best))
+                followed.num_quiet = 0
+            elif budget:
+                followed.num_quiet += 1
+                followed.wakes_at = len(tokens) + min(1 + followed.num_quiet // QUIET_STEPS, LONGEST_NAP)
         return offers
 
     def _begin(self, sequence: Sequence) -> Drafters:
@@ -137,3 +145,14 @@ class BatchSpeculator:
             acceptance = Acceptance(self.shares[Predicted.source])
             drafters.append(Predicted(sequence.spec.predicted, len(sequence.spec.prompt), acceptance))
         return tuple(drafters)
+
+
+class _Followed:
+    """One sequence's drafters. One that has had nothing to propose for long is looked at every few steps only."""
+
+    __slots__ = ("drafters", "num_quiet", "wakes_at")
+
+    def __init__(self, drafters: Drafters) -> None:
+        self.drafters = drafters
+        self.num_quiet = 0  # looks without an offer
+        self.wakes_at = 0  # tokens of the sequence

@@ -179,6 +179,15 @@ def test_nothing_is_drafted_where_rows_cost_what_steps_do() -> None:
     assert controller.choose(4, [certain(1, 20)], (), 256) == {}
 
 
+def test_others_wait_little_for_who_drafts_much() -> None:
+    """One whose text comes true would like a hundred rows; its neighbours get a token a step all the same."""
+    controller = Controller(measured(lambda rows: 0.02 + 0.001 * rows))
+    alone = controller.choose(1, [certain(1, 128)], (), 256)[SeqId(1)].width
+    beside = controller.choose(3, [certain(1, 128)], (), 256)[SeqId(1)].width
+    assert alone == 128
+    assert 30 < beside <= 2 * 23, "two plain steps"
+
+
 def test_a_draft_model_is_used_where_its_time_pays() -> None:
     points = [CostPoint(n, n + more, large(n + more)) for n in (1, 4) for more in (0, 8, 64)]
 

@@ -288,7 +288,7 @@ def test_indexes_that_are_behind_catch_up_a_piece_a_step(pico: Transformer) -> N
     speculator = make_speculator()
     for step in range(1, 4):
         speculator.propose([sequence], 100)
-        assert speculator._drafters[spec.seq_id][0].num_seen == step * CATCH_UP_TOKENS
+        assert speculator._followed[spec.seq_id].drafters[0].num_seen == step * CATCH_UP_TOKENS
 
 
 def test_where_nothing_can_pay_nothing_is_looked_at() -> None:
