@@ -15,9 +15,9 @@ from splitfire.core.model_source import resolve_model
 from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
-from splitfire.engine.models.bodies import build
+from splitfire.engine.models.bodies import build, is_compiled
 from splitfire.engine.models.rope import rope_table
-from splitfire.engine.pool import KvPool
+from splitfire.engine.pool import TORCH_DTYPES, KvPool
 from splitfire.engine.runner import Runner
 from splitfire.engine.speculation.controller import Controller
 from splitfire.engine.speculation.costs import StepCosts
@@ -98,7 +98,9 @@ def make_speculator(
 
 def _load(draft: DraftPlan, options: LoadOptions, settings: WorkerSettings) -> DraftModel:
     config = draft.model.config
-    weights = load_weights(draft.model, options)
+    runs_compiled = settings.kernels == "auto" and is_compiled(config, draft.layout.dtype, options.device)
+    held = options.dtype if runs_compiled else TORCH_DTYPES[draft.layout.dtype]  # torch would compute in what is held
+    weights = load_weights(draft.model, replace(options, dtype=held))
     rope = rope_table(config.rope, config.head_dim, draft.max_context, options.device)
     body = build(config, weights, rope, may_compile=settings.kernels == "auto")
     runner = Runner(body, KvPool(draft.layout, draft.num_blocks, options.device))

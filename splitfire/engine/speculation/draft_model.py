@@ -118,7 +118,9 @@ class _Mirror:
     def __init__(self, target: Sequence) -> None:
         spec = target.spec
         quiet = replace(spec.sampling, logprobs=None)
-        self.sequence = Sequence(replace(spec, sampling=quiet, purpose=Purpose.GENERATE, block_hashes=()), 0, target.block_size)
+        # A grammar is asked once, about the whole draft, by the engine.
+        plain = replace(spec, sampling=quiet, purpose=Purpose.GENERATE, block_hashes=(), grammar=None, forks=())
+        self.sequence = Sequence(plain, 0, target.block_size)
         self.num_sure = self.sequence.num_tokens
         self.has_failed = False  # its logits were not finite: whatever it drafts would be as bad
         self.gave_up_at: int | None = None

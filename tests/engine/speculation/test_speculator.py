@@ -12,7 +12,7 @@ from splitfire.core.sampling import SamplingParams
 from splitfire.engine.drafting import Verified
 from splitfire.engine.engine import Engine
 from splitfire.engine.models.transformer import Transformer
-from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
+from splitfire.engine.sequence import Fork, Purpose, SeqId, Sequence, SequenceSpec
 from splitfire.engine.speculation.controller import Controller
 from splitfire.engine.speculation.costs import CostPoint, StepCosts
 from splitfire.engine.speculation.draft_model import DraftModel
@@ -21,6 +21,7 @@ from splitfire.engine.updates import SequenceUpdate
 from tests.checkpoints import PICO, VOCAB
 from tests.engine.speculation.rig import CHEAP_ROWS, Always, let_time_pass, make_draft_model, make_speculator
 from tests.engines import GREEDY, assert_no_leaks, drain, load_model, make_engine, make_spec, tokens_of
+from tests.grammars import REGEX, compiled
 
 draw = random.Random(3)
 LOOP = [draw.randrange(VOCAB) for _ in range(12)] * 4
@@ -122,6 +123,30 @@ def test_preemption_changes_nothing(pico: Transformer, pico_draft: Transformer) 
         updates = run(engine, specs, every=0)
         assert engine._scheduler.num_preemptions > 0
         assert [tokens_of(updates, spec) for spec in specs] == answers
+        assert_no_leaks(engine)
+
+
+def test_choices_and_grammars_draft_like_others(pico: Transformer, pico_draft: Transformer) -> None:
+    """Forks of one prompt, each followed by itself; and a grammar, which cuts what it does not allow from any draft."""
+    grammar = compiled(REGEX, "(ab|ba|x[0-9]y){20,60}")
+    forks = tuple(Fork(SeqId(5_000_000 + choice), choice) for choice in range(3))
+    asked = [
+        replace(make_spec(LOOP, 20, sampling=SAMPLINGS["sampled"]), forks=forks),
+        replace(make_spec(LOOP, 24, sampling=SAMPLINGS["sampled"]), grammar=grammar),
+    ]
+    specs = [*(asked[0].alone(fork) for fork in forks), asked[1]]
+    updates = run(make_engine(pico), asked)
+    answers = [tokens_of(updates, spec) for spec in specs]
+    asked = [replace(spec, predicted=edited(answer)) for spec, answer in zip(asked, (answers[1], answers[3]), strict=True)]
+    for speculator in (
+        make_speculator(Always()),
+        make_speculator(Always(4), sources=NONE, draft_model=make_draft_model(pico_draft)),
+    ):
+        engine = make_engine(pico, speculator=speculator)
+        updates = run(engine, asked)
+        assert [tokens_of(updates, spec) for spec in specs] == answers
+        assert sum(u.num_accepted for u in updates) > 0
+        assert speculator.num_followed == 0
         assert_no_leaks(engine)
 
 
