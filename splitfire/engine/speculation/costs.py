@@ -7,11 +7,13 @@ choices do not depend on it, and one for each power of two of extra rows.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
+
+import numpy as np
+from numpy.typing import NDArray
 
 MAX_EXTRA_ROWS = 256  # drafts of one step, all sequences together
 SMOOTHING = 0.1  # of each new measurement
@@ -47,13 +49,14 @@ class StepCosts:
         self._measured: dict[int, list[float]] = {}  # what `added` would be without the ratios
         self._added: dict[int, list[float]] = {}
         self._plain: dict[int, float] = {}
+        self._draft: dict[int, float] = {}
 
     def plain(self, num_sequences: int) -> float:
         """Seconds of a step without drafts, as measured at start; times `ratio`: now."""
         found = self._plain.get(num_sequences)
         if found is None:
-            firsts = [CostPoint(n, n, _at(curve, n)) for n, curve in self._curves.items()]
-            found = self._plain[num_sequences] = _at(firsts, num_sequences)
+            firsts = [CostPoint(n, n, float(_at(curve, np.array([n]))[0])) for n, curve in self._curves.items()]
+            found = self._plain[num_sequences] = float(_at(firsts, np.array([num_sequences]))[0])
         return found
 
     def added(self, num_sequences: int) -> list[float]:
@@ -65,7 +68,11 @@ class StepCosts:
 
     def draft(self, num_sequences: int) -> float:
         """Seconds in which the draft model makes one token for each of so many sequences; times `ratio`: now."""
-        return _at(self._draft_points, num_sequences) if self._draft_points else 0.0
+        found = self._draft.get(num_sequences)
+        if found is None:
+            points = self._draft_points
+            found = self._draft[num_sequences] = float(_at(points, np.array([num_sequences]))[0]) if points else 0.0
+        return found
 
     def observe(self, num_sequences: int, num_extra: int, seconds: float) -> None:
         """A step of so many decoding sequences and draft rows, and nothing else, took this long."""
@@ -100,12 +107,9 @@ class StepCosts:
         below = max((n for n in measured if n <= num_sequences), default=measured[0])
         above = min((n for n in measured if n >= num_sequences), default=measured[-1])
         share = 0.0 if above == below else (num_sequences - below) / (above - below)
-        ends = ((self._added_of(below, rows), self._added_of(above, rows)) for rows in range(MAX_EXTRA_ROWS + 1))
-        return [low + (high - low) * share for low, high in ends]
-
-    def _added_of(self, num_sequences: int, rows: int) -> float:
-        curve = self._curves[num_sequences]
-        return _at(curve, num_sequences + rows) - _at(curve, num_sequences)
+        rows = np.arange(MAX_EXTRA_ROWS + 1)
+        low, high = (_at(self._curves[n], n + rows) - _at(self._curves[n], np.array([n])) for n in (below, above))
+        return [*(low + (high - low) * share).tolist()]
 
 
 def _rising(points: Sequence[CostPoint]) -> list[CostPoint]:
@@ -117,10 +121,9 @@ def _rising(points: Sequence[CostPoint]) -> list[CostPoint]:
     return risen
 
 
-def _at(points: Sequence[CostPoint], rows: int) -> float:
+def _at(points: Sequence[CostPoint], rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """Linear between points ordered by rows; before the first constant, after the last as the last two go."""
-    if rows <= points[0].num_rows or len(points) == 1:
-        return points[0].seconds
-    upper = min(bisect_left(points, rows, key=lambda point: point.num_rows), len(points) - 1)
-    low, high = points[upper - 1], points[upper]
-    return low.seconds + (high.seconds - low.seconds) * (rows - low.num_rows) / (high.num_rows - low.num_rows)
+    measured, seconds = np.array([p.num_rows for p in points]), np.array([p.seconds for p in points])
+    slope = (seconds[-1] - seconds[-2]) / (measured[-1] - measured[-2]) if len(points) > 1 else 0.0
+    beyond: NDArray[np.float64] = slope * np.maximum(rows - measured[-1], 0)
+    return np.interp(rows, measured, seconds) + beyond

@@ -17,7 +17,7 @@ MIN_WIDTH, MAX_WIDTH = 16, 128
 ONE_BY_ONE = 256  # tokens; more at once go past the shares
 BOOKED_AT_ONCE = 8  # tokens that were right: shares need not be newer than that
 NEAR = 48  # tokens after the place of parting that a short match counts in
-PATIENCE = 48  # tokens without a match until nothing is guessed any more
+PATIENCE, FIRST_PATIENCE = 48, 16  # tokens without a match until nothing is guessed any more; while there has been none
 SOLID = 8  # evidence from which on the cursor is where it should be
 MAX_PLACES = 16  # looked at near the place of parting
 # Evidence that a place has for being that many tokens from where a replacement of equal length would end. Of single
@@ -41,6 +41,7 @@ class Predicted:
         self._since = 0  # tokens of the answer since then
         self._ending: list[int] = []  # of the answer, the last MAX_MATCH tokens or more
         self._state = 0  # of the rolling hash of the answer
+        self._patience = FIRST_PATIENCE
         self._width = MIN_WIDTH
         self._is_lost = False  # the cursor is to be set anew
         self._num_right = 0  # tokens in a row that the shares have not heard of
@@ -60,7 +61,7 @@ class Predicted:
                 self._advance(token_id)
         else:  # the answer is elsewhere by now: found again by what it ends with
             self._book()
-            self._since = PATIENCE + 1
+            self._since = self._patience + 1
             for token_id in tokens[begin + count - MAX_MATCH : begin + count]:
                 self._take(token_id)
             self._is_lost = True
@@ -84,7 +85,7 @@ class Predicted:
                 self.evidence += 1
                 self._num_right += 1
                 if self.evidence >= SOLID:
-                    self._home, self._since = self._at, 0
+                    self._home, self._since, self._patience = self._at, 0, PATIENCE
                 if self._num_right == BOOKED_AT_ONCE:
                     self._book()
                 return
@@ -107,7 +108,7 @@ class Predicted:
         """The cursor where the answer's end is in the text, by the most evidence; if nowhere, where it would be had the text
         been replaced token by token."""
         beside = self._home + self._since
-        if self._since <= PATIENCE:
+        if self._since <= self._patience:
             at, evidence = self._nearby(beside)
         else:
             beside, at, evidence = len(self._index.token_ids), 0, 0

@@ -28,7 +28,9 @@ CATCH_UP_TOKENS = 4096  # that one step takes into indexes at most: a millisecon
 
 
 Drafters = tuple[Lookup | Predicted, ...]
-QUIET_STEPS = 16  # without anything to propose, after each of which a sequence is looked at less often
+QUIET_STEPS = (
+    16  # without anything to propose, after each of which a sequence is looked at less often, and after the first all of them
+)
 LONGEST_NAP = 4  # steps
 
 
@@ -58,6 +60,12 @@ class BatchSpeculator:
         self._followed: dict[SeqId, _Followed] = {}
         self._offered: dict[SeqId, Lookup | Predicted] = {}  # in the step under way
         self._proposing_s = 0.0
+        self._num_quiet = 0  # steps without an offer
+        self._num_sequences = 0  # in the last step
+
+    @property
+    def _is_napping(self) -> bool:
+        return self._num_quiet > QUIET_STEPS and self._num_quiet % LONGEST_NAP != 0
 
     @property
     def num_followed(self) -> int:
@@ -66,13 +74,16 @@ class BatchSpeculator:
     def propose(self, decoding: Seq[Sequence], room: int) -> Mapping[SeqId, Draft]:
         controller, num_sequences = self.controller, len(decoding)
         self._proposing_s = 0.0
-        if not controller.is_worthwhile(num_sequences):
+        self._num_quiet = self._num_quiet + 1 if num_sequences == self._num_sequences else 0
+        self._num_sequences = num_sequences
+        if self._is_napping or not controller.is_worthwhile(num_sequences):
             return {}
         began = self._clock()
         offers = self._offers(decoding, controller.least_survival(num_sequences))
         modelled = self._modelled.offers(decoding) if self._modelled is not None else ()
         drafts: dict[SeqId, Draft] = {}
         if offers or modelled:
+            self._num_quiet = 0
             picks = controller.choose(num_sequences, offers, modelled, room)
             for seq_id, pick in picks.items():
                 if pick.source != Modelled.source:
@@ -83,6 +94,8 @@ class BatchSpeculator:
         return drafts
 
     def verified(self, results: Seq[Verified], num_rows: int, duration_s: float) -> None:
+        if self._is_napping:  # nothing was drafted, and what a plain step takes is known
+            return
         num_extra = 0
         for result in results:
             if result.draft is None:
