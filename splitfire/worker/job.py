@@ -172,6 +172,8 @@ def make_job(submit: fleet_pb2.Submit, replies: Replies, limits: JobLimits, rece
     choices = (submit.choice, *submit.more_choices)
     if len(set(choices)) < len(choices) or len(choices) > MAX_N or (output and len(choices) > 1):
         raise InvalidInput("more_choices", f"{choices} are not at most {MAX_N} different ones without a token yet")
+    if submit.more_choices and submit.HasField("grammar"):
+        raise InvalidInput("more_choices", "must be empty with a grammar: that belongs to one sequence")
     spec = SequenceSpec(
         seq_id=SeqId(next(_seq_ids)),
         prompt=prompt,

@@ -51,6 +51,7 @@ def test_each_choice_of_several_has_an_id_of_its_own() -> None:
         (dict(more_choices=[4, 4]), InvalidInput, "more_choices"),
         (dict(more_choices=range(1, 9)), InvalidInput, "more_choices"),
         (dict(more_choices=[1], output_token_ids=[5]), InvalidInput, "more_choices"),
+        (dict(more_choices=[1], grammar=fleet_pb2.OutputGrammar(text="x")), InvalidInput, "more_choices"),
         (dict(prompt_token_ids=[100]), InvalidInput, "prompt_token_ids"),
         (dict(prompt_token_ids=range(90), stopping=stopping_to_wire(StopParams(310))), ExceedsContext, "max_tokens"),
         (dict(output_token_ids=range(10)), InvalidInput, "output_token_ids"),
