@@ -43,9 +43,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--turns", type=int, default=5)
     add("--variants", type=lambda s: s.split(";"), help=f"some of: {'; '.join(v.name for v in VARIANTS)}; separated by semicolons")
     add("--contexts", type=lambda s: [int(x) for x in s.split(",")], default=[300, 4096])
-    add("--quick", action="store_true", help="one turn of few steps: whether it runs, not how fast")
+    add("--quick", action="store_true", help="one turn of few steps and short contexts: whether it runs, not how fast")
     add("--name", default="", help="of the result file, after engine-MODEL: engine-MODEL-NAME.json")
-    return parser.parse_known_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if args.quick:
+        args.turns, args.contexts = 1, args.contexts[:1]
+    return args, more
 
 
 def take_turns(engines: Sequence[LoadedEngine], contexts: Sequence[int], turns: int, max_steps: int) -> dict[str, Measured]:
@@ -59,7 +62,7 @@ def take_turns(engines: Sequence[LoadedEngine], contexts: Sequence[int], turns: 
                 wanted = int(STEPS_S / known[-1]) if known else MIN_STEPS
                 times = sorted(engine.decode(streams, context, min(max_steps, max(MIN_STEPS, wanted))))
                 taken[name].decodes[context, streams] = [*(known if turn > 1 else []), times[len(times) // 2]]
-    for num_tokens in PREFILLS:
+    for num_tokens in (n for n in PREFILLS if n <= max(contexts) * 2):
         for turn in range(1 + turns):
             for engine in engines:
                 seconds = engine.prefill(num_tokens, turn)
@@ -81,7 +84,7 @@ def main(argv: list[str]) -> int:
             engines.append(LoadedEngine(variant, args.model, args.cpus, num_tokens))
     read_bytes = READ_BYTES // (8 if args.quick else 1)
     machine: Machine = measure(len(args.cpus), read_bytes)
-    taken = take_turns(engines, args.contexts, 1 if args.quick else args.turns, MIN_STEPS if args.quick else MAX_STEPS)
+    taken = take_turns(engines, args.contexts, args.turns, MIN_STEPS if args.quick else MAX_STEPS)
     machine = machine.faster(measure(len(args.cpus), read_bytes))
     rows = [*rows_of(taken, machine, BF16.name), *skipped]
     model = args.model.rstrip("/").split("/")[-1]
