@@ -126,4 +126,5 @@ def _at(points: Sequence[CostPoint], rows: NDArray[np.int64]) -> NDArray[np.floa
     measured, seconds = np.array([p.num_rows for p in points]), np.array([p.seconds for p in points])
     slope = (seconds[-1] - seconds[-2]) / (measured[-1] - measured[-2]) if len(points) > 1 else 0.0
     beyond: NDArray[np.float64] = slope * np.maximum(rows - measured[-1], 0)
-    return np.interp(rows, measured, seconds) + beyond
+    within: NDArray[np.float64] = np.interp(rows, measured, seconds)
+    return within + beyond
