@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 
@@ -117,6 +118,11 @@ class Attempt:
             if finished.HasField("kv_transfer"):
                 choice.timeline.kv_transfer = finished.kv_transfer
             choice.finish(finished.reason)
+            if incarnation == self.placement.decode and self._fleet.has(self.number, self.placement.prefill):
+                # The answer is complete, what prefill measured is not: its last frame is under way.
+                loop = asyncio.get_running_loop()
+                loop.call_later(limits.PREFILL_TIMES_WAIT_S, partial(self.leave, choice, at=incarnation))
+                return
             self.leave(choice, at=incarnation)
         elif incarnation == self.placement.prefill:
             for choice in self.choices.values():
@@ -125,6 +131,7 @@ class Attempt:
             self._fleet.end(self.number, incarnation, None)
             if finished.transfer_id != self.transfer_id:  # shipped, but to the worker whose loss made us redirect it
                 self._fail(Unavailable("a worker was lost", reason="no_decode"))
+            self._leave_finished()
 
     def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None:
         if refused.is_held and refused.transfer_id != self.transfer_id:
@@ -133,6 +140,7 @@ class Attempt:
         if not refused.is_held and not is_of_one:
             self._fleet.end(self.number, incarnation, None)
         if incarnation == self.placement.prefill and (self._is_prefill_over or self._has_decoded):
+            self._leave_finished()
             return  # decode has everything: what prefill thinks of it does not matter any more
         error = _error_of(refused)
         if is_of_one:
@@ -150,6 +158,7 @@ class Attempt:
 
     def on_lost(self, incarnation: bytes) -> None:
         if incarnation == self.placement.prefill and (self._is_prefill_over or self._has_decoded):
+            self._leave_finished()
             return
         if incarnation == self.placement.decode and self._redirect():
             return
@@ -172,6 +181,11 @@ class Attempt:
             choice.failed_at.add(self.placement.decode)
         self._num_redirects += 1
         return self._find_decode(self)
+
+    def _leave_finished(self) -> None:
+        """Prefill will say no more, which is all that finished choices waited for."""
+        for choice in [c for c in self.choices.values() if c.is_finished]:
+            self.leave(choice, at=self.placement.decode)
 
     def _fail(self, error: SplitfireError, *incarnations: bytes | None) -> None:
         """The next attempts avoid these workers, if there are others."""

@@ -217,6 +217,7 @@ class InferenceApi:
         tasks = [asyncio.create_task(self._flow.run(c, first), name=f"flow-{plan.request_id}-{c.index}") for c in choices]
         for task in tasks:
             task.add_done_callback(lambda _task: changed.set())
+        ended_at = 0.0
         try:
             while True:
                 changed.clear()
@@ -225,12 +226,12 @@ class InferenceApi:
                     response = stream.take()
                     if response is not None:
                         await self._write(context, response)
+                        ended_at = time.monotonic()
                 for task in over:
                     task.result()  # the first error ends the request
                 if all(s.is_finished for s in streams) and len(over) == len(tasks):
                     break
                 await changed.wait()
-            ended_at = time.monotonic()
             self._telemetry.record("stream", plan.traceparent, choices[0].timeline.first_token_at or queued_at, ended_at)
             summary = summary_of(choices, streams, queued_at, ended_at)
             summary.model, summary.trace_id = self._model.limits().name, trace.trace_id

@@ -87,6 +87,7 @@ MAX_PARKED_OFFERS = 256
 GRANT_WAIT_S = 5.0
 REDIRECT_WAIT_S = 5.0  # a prompt without a receiver waits this long for the router to name one
 MAX_REDIRECTS = 2  # of one attempt
+PREFILL_TIMES_WAIT_S = 0.25  # a finished answer's summary waits this long for what prefill measured
 BAD_PAIR_S = 30.0  # two workers whose transfer broke, though both live, are not paired for this long
 PROGRESS_S = 2.0
 HOLD_S = 30.0

@@ -136,7 +136,7 @@ def test_chat_tokenize_and_models(pico: RunningFleet) -> None:
 
 
 def test_phases_tell_where_the_time_went(pico: RunningFleet) -> None:
-    summary = pico.generate(greedy([(11 * i) % 4000 for i in range(200)], 300))[0].summary
+    summary = pico.generate(greedy([(11 * i) % 4000 for i in range(200)], 4))[0].summary
     phases = {p.name: p for p in summary.phases}
     assert set(phases) >= {
         "accept",

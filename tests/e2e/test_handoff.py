@@ -339,7 +339,7 @@ def assert_used_again(stage: Stage, role: str, name: str) -> None:
     pair = stage.pair()
     while getattr(pair, role) != name:  # drawn among equals
         pair = stage.pair()
-    asked = Asked(stage.fleet, stage.short(pair, 300))  # so long that prefill's times are there before the end
+    asked = Asked(stage.fleet, stage.short(pair, 5))
     asked.assert_right()
     assert worker_of(asked.summary, role) == name
     assert asked.summary.kv_transfer.bytes > 0 and stage.tries(asked) == (0, 0)

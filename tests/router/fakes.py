@@ -72,6 +72,7 @@ class FakeWorker:
         drafted: int = 0,
         accepted: int = 0,
         choice: int = 0,
+        phases: Sequence[inference_pb2.Phase] = (),
     ) -> None:
         events = self.handle.attempts.get(attempt)
         if events is not None:
@@ -86,6 +87,7 @@ class FakeWorker:
                     draft_tokens=drafted,
                     accepted_draft_tokens=accepted,
                     choice=choice,
+                    timing=fleet_pb2.WorkerTiming(phases=phases) if phases else None,
                 ),
             )
 

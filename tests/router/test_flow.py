@@ -432,6 +432,38 @@ def test_prefill_death_after_it_shipped_changes_nothing() -> None:
     play(scene())
 
 
+@pytest.mark.parametrize("how", ["finishes", "dies", "refuses", "says nothing"])
+def test_a_finished_answer_waits_a_moment_for_what_prefill_measured(how: str) -> None:
+    """A short answer overtakes prefill's frames: its tokens do not wait for them, its summary does."""
+
+    async def scene() -> None:
+        desk = Desk()
+        asked = desk.ask(max_tokens=2)
+        [p], [d] = desk.prefills, desk.decodes
+        _, submit = await dispatched(p)
+        d.output(submit.attempt, 0, [7, 8])
+        d.finish(submit.attempt, LENGTH)
+        assert asked.choice.is_finished
+        await asyncio.sleep(0.01)
+        assert not asked.task.done()
+        if how == "finishes":
+            p.output(submit.attempt, 0, [7], phases=[inference_pb2.Phase(name="prefill", duration_s=0.1)])
+            p.finish(submit.attempt)
+        elif how == "dies":
+            p.die()
+        elif how == "refuses":
+            p.refuse(submit.attempt, "handoff_aborted")
+        began = time.monotonic()
+        await asked.task
+        assert (time.monotonic() - began >= 0.1) == (how == "says nothing")
+        assert asked.choice.ids == [7, 8]
+        assert [phase.name for phase in asked.choice.timeline.worker_phases] == ["prefill"] * (how == "finishes")
+        desk.assert_nothing_left()
+        assert bool(p.frames("cancel")) == (how == "says nothing")
+
+    play(scene())
+
+
 def test_the_last_token_was_streamed_but_its_worker_died_before_saying_so() -> None:
     """F09: the answer is complete; nothing is computed past a stop token."""
 
