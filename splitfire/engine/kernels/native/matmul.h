@@ -61,10 +61,11 @@ INLINE void multiply_tile(const float* x, int64_t stride, const uint8_t* panel, 
         _mm_prefetch(reinterpret_cast<const char*>(ahead.at + 64), _MM_HINT_T0);
         ahead.at += ahead.step;
         if constexpr (FORMAT == Weight::BF16) {
-            const __m512i left = _mm512_loadu_si512(panel), right = _mm512_loadu_si512(panel + 64);
-            const __m512i high = _mm512_set1_epi32(int32_t(0xFFFF0000));
-            add(0, _mm512_castsi512_ps(_mm512_slli_epi32(left, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(right, 16)));
-            add(1, _mm512_castsi512_ps(_mm512_and_si512(left, high)), _mm512_castsi512_ps(_mm512_and_si512(right, high)));
+            Floats left[2], right[2];
+            split_bf16(_mm512_loadu_si512(panel), left[0], left[1]);
+            split_bf16(_mm512_loadu_si512(panel + 64), right[0], right[1]);
+            add(0, left[0], right[0]);
+            add(1, left[1], right[1]);
             panel += 128;
         } else if constexpr (FORMAT == Weight::FP32) {
             add(0, _mm512_loadu_ps(panel), _mm512_loadu_ps(panel + 64));

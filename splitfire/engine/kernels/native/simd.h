@@ -66,6 +66,19 @@ INLINE Floats sums(const float* vectors, int64_t stride) {
     return ones(pairs(four(0), four(1)), pairs(four(2), four(3)));
 }
 
+// 32 numbers in bf16, those at even places and those at odd ones; and 16 and 16 back into the order of their places.
+INLINE void split_bf16(__m512i pairs, Floats& even, Floats& odd) {
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xFFFF0000))));
+}
+
+INLINE void interleave(Floats& even, Floats& odd) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const Floats first = _mm512_permutex2var_ps(even, low, odd);
+    odd = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd);
+    even = first;
+}
+
 INLINE float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 
 // Sixteen elements of a KV format as floats; e4m3 lacks a factor of E4M3_FACTOR, which its scale takes on.

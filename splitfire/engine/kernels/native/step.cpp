@@ -4,7 +4,8 @@
 // and up, down; final norm and logits of the rows that are asked for. Activations are fp32, weights are widened where they are
 // read. Threads share each phase's tasks and meet at its end (team.h). Built for AVX-512 alone; other processors use torch.
 
-#include "attend.h"
+#include "attend_few.h"
+#include "attend_many.h"
 #include "matmul.h"
 #include "team.h"
 
@@ -134,6 +135,7 @@ int64_t best_of(const float* logits, int64_t count) {
 
 constexpr int64_t ROWS_ALONE = 4;  // so few rows every thread norms for itself: cheaper than to meet
 constexpr int64_t TASKS_PER_THREAD = 3;  // attention is cut finer until there are so many
+constexpr int64_t MANY_ROWS = 33;        // from so many on they fill enough lanes
 constexpr int64_t LEAST_PARTS = 4;       // of the context in one piece of it
 
 class StepEngine {
@@ -167,7 +169,7 @@ private:
         int64_t partial;  // where its parts go one by one, or -1: it has them all
     };
     struct Merge {  // the tokens whose parts lie apart
-        int64_t span, begin, end, head, first_part, end_part, partial;
+        int64_t span, begin, end, head, end_part, partial;
     };
 
     int64_t group() const { return model_->num_heads / pool_->kv_heads; }
@@ -208,7 +210,7 @@ private:
                         const int64_t first = parts * i / pieces, last = parts * (i + 1) / pieces;
                         tasks_.push_back({s, begin, end, head, first, last, at + first * (end - begin) * group()});
                     }
-                    merges_.push_back({s, begin, end, head, 0, parts, at});
+                    merges_.push_back({s, begin, end, head, parts, at});
                     partials += parts * (end - begin) * group();
                 }
             }
@@ -235,8 +237,10 @@ private:
                 put(qkv_.row(row), column, layer.qkv.columns, left, right);
             });
             team_.share(tokens * pool_->kv_heads, [&](int64_t i, int64_t) { write(layer, index, i / pool_->kv_heads, i % pool_->kv_heads); });
-            team_.share(int64_t(tasks_.size()), [&](int64_t i, int64_t) { attend(layer, index, tasks_[size_t(i)], me.scratch); });
-            if (!merges_.empty()) team_.share(int64_t(merges_.size()), [&](int64_t i, int64_t) { merge_pieces(merges_[size_t(i)], me.scratch); });
+            team_.share(int64_t(tasks_.size()), [&](int64_t i, int64_t next) {
+                attend(layer, index, tasks_[size_t(i)], next == i ? nullptr : &tasks_[size_t(next)], me.scratch);
+            });
+            if (!merges_.empty()) team_.share(int64_t(merges_.size()), [&](int64_t i, int64_t) { merge_pieces(merges_[size_t(i)]); });
             add_times(layer.out, tokens, mixed_);
             x = norm(me, layer.post_norm, tokens, [&](int64_t row) { return hidden_.row(row); });
             gate(layer.gate_up, tokens, x, normed_.stride);
@@ -362,87 +366,68 @@ private:
         return Span(*step_, after - step_->begins - 1);
     }
 
-    Attention attention(const Layer& layer, int64_t index, const Task& task) const {
+    Context context(int64_t index, const Task& task) const {
         const Span span(*step_, task.span);
-        const int64_t dim = pool_->head_dim;
-        Attention out{*pool_, span.table, index, task.head, group(), span.context - (span.end - task.end),
-                      span.context - (span.end - task.begin), layer.window, (task.end - task.begin) * group(), {}};
-        for (int64_t row = 0; row < out.rows; ++row) {
-            out.queries[row] = qkv_.row(task.begin + row / group()) + (task.head * group() + row % group()) * dim;
+        return {pool_, span.table, index, task.head, span.context};
+    }
+
+    // The parts from the first that a row of the task sees.
+    int64_t first_part(const Layer& layer, const Task& task) const {
+        const Span span(*step_, task.span);
+        const int64_t low = span.context - (span.end - task.begin) - layer.window + 1;
+        return std::max(task.first_part, low / PART);
+    }
+
+    // `next` is the thread's next task, or null.
+    void attend(const Layer& layer, int64_t index, const Task& task, const Task* next, Scratch& scratch) {
+        const Span span(*step_, task.span);
+        Attention attention{};
+        attention.context = context(index, task);
+        attention.group = group(), attention.window = layer.window;
+        attention.first_position = span.context - (span.end - task.begin);
+        attention.rows = (task.end - task.begin) * group();
+        attention.first_part = task.first_part, attention.end_part = task.end_part;
+        if (next) attention.after = context(index, *next), attention.after_part = first_part(layer, *next);
+        for (int64_t row = 0; row < attention.rows; ++row) {
+            const int64_t token = task.begin + row / group(), head = task.head * group() + row % group();
+            attention.queries[row] = qkv_.row(token) + head * pool_->head_dim;
+            attention.results[row] = mixed_.row(token) + head * pool_->head_dim;
         }
-        return out;
-    }
-
-    void attend(const Layer& layer, int64_t index, const Task& task, Scratch& scratch) {
-        switch (Kv(pool_->format)) {
-            case Kv::BF16: return attend_as<Kv::BF16>(attention(layer, index, task), task, scratch);
-            case Kv::FP16: return attend_as<Kv::FP16>(attention(layer, index, task), task, scratch);
-            case Kv::FP32: return attend_as<Kv::FP32>(attention(layer, index, task), task, scratch);
-            case Kv::INT8: return attend_as<Kv::INT8>(attention(layer, index, task), task, scratch);
-            case Kv::E4M3: return attend_as<Kv::E4M3>(attention(layer, index, task), task, scratch);
-        }
-    }
-
-    float* result(const Task& task, int64_t row) const {
-        return mixed_.row(task.begin + row / group()) + (task.head * group() + row % group()) * pool_->head_dim;
-    }
-
-    template <Kv FORMAT> void attend_as(const Attention& attention, const Task& task, Scratch& scratch) {
-        const int64_t dim = pool_->head_dim, first = std::max(task.first_part, attention.low(0) / PART);
-        scratch.head_dim = dim;
+        const int64_t first = std::min(task.end_part, first_part(layer, task));
         if (task.partial >= 0) {
-            for (int64_t part = task.first_part; part < std::min(first, task.end_part); ++part) {
-                for (int64_t row = 0; row < attention.rows; ++row) partial(task, part, attention.rows, row)[0] = -INFINITY;
+            attention.partials = partials_.row(task.partial), attention.partial_stride = partials_.stride;
+            for (int64_t part = task.first_part; part < first; ++part) {
+                for (int64_t row = 0; row < attention.rows; ++row) *attention.partial(part, row) = -INFINITY;
             }
-            attend_parts<FORMAT>(attention, first, task.end_part, scratch, [&](int64_t part) {
-                for (int64_t row = 0; row < attention.rows; ++row) {
-                    float* to = partial(task, part, attention.rows, row);
-                    to[0] = scratch.maximum[row], to[1] = scratch.weight[row];
-                    std::memcpy(to + 2, scratch.mixed(row), size_t(dim) * sizeof(float));
-                }
-            });
-            return;
+            attention.partials = attention.partial(first, 0);
         }
-        float maximum[MAX_ROWS], weight[MAX_ROWS];
-        std::fill(maximum, maximum + attention.rows, -INFINITY);
-        attend_parts<FORMAT>(attention, first, task.end_part, scratch, [&](int64_t) {
-            for (int64_t row = 0; row < attention.rows; ++row) {
-                take(result(task, row), scratch.maximum[row], scratch.weight[row], scratch.mixed(row), maximum[row], weight[row]);
-            }
-        });
-        for (int64_t row = 0; row < attention.rows; ++row) divide_by(result(task, row), weight[row]);
+        attention.first_part = first;
+        if (first == task.end_part) return;
+        switch (Kv(pool_->format)) {
+            case Kv::BF16: return attend_as<Kv::BF16>(attention, scratch);
+            case Kv::FP16: return attend_as<Kv::FP16>(attention, scratch);
+            case Kv::FP32: return attend_as<Kv::FP32>(attention, scratch);
+            case Kv::INT8: return attend_as<Kv::INT8>(attention, scratch);
+            case Kv::E4M3: return attend_as<Kv::E4M3>(attention, scratch);
+        }
     }
 
-    float* partial(const Task& task, int64_t part, int64_t rows, int64_t row) const {
-        return partials_.row(task.partial + (part - task.first_part) * rows + row);
+    template <Kv FORMAT> static void attend_as(const Attention& attention, Scratch& scratch) {
+        if (attention.rows < MANY_ROWS) attend_few<FORMAT>(attention, scratch);
+        else attend_many<FORMAT>(attention, scratch);
     }
 
-    void merge_pieces(const Merge& merge, Scratch&) {
-        const int64_t rows = (merge.end - merge.begin) * group();
-        const Task whole{merge.span, merge.begin, merge.end, merge.head, 0, merge.end_part, merge.partial};
+    void merge_pieces(const Merge& merge) {
+        const int64_t rows = (merge.end - merge.begin) * group(), dim = pool_->head_dim;
         for (int64_t row = 0; row < rows; ++row) {
-            float maximum = -INFINITY, weight = 0.0f;
+            float* result = mixed_.row(merge.begin + row / group()) + (merge.head * group() + row % group()) * dim;
+            Merged state;
             for (int64_t part = 0; part < merge.end_part; ++part) {
-                const float* from = partial(whole, part, rows, row);
-                take(result(whole, row), from[0], from[1], from + 2, maximum, weight);
+                const float* from = partials_.row(merge.partial + part * rows + row);
+                take(result, state, from[0], from[1], from + 2, dim);
             }
-            divide_by(result(whole, row), weight);
+            divide_by(result, state.weight, dim);
         }
-    }
-
-    // A part's result goes into the row's, whose state is (maximum, weight).
-    void take(float* into, float part_maximum, float part_weight, const float* part_mixed, float& maximum, float& weight) const {
-        if (part_maximum == -INFINITY && !(part_weight != part_weight)) return;  // the row sees nothing of it
-        if (maximum == -INFINITY) {
-            std::memcpy(into, part_mixed, size_t(pool_->head_dim) * sizeof(float));
-            maximum = part_maximum, weight = part_weight;
-            return;
-        }
-        merge(Merged{maximum, weight, into}, part_maximum, part_weight, part_mixed, pool_->head_dim, maximum, weight);
-    }
-
-    void divide_by(float* row, float weight) const {
-        for (int64_t d = 0; d < pool_->head_dim; d += LANES) store(row + d, _mm512_div_ps(load(row + d), splat(weight)));
     }
 
     Team team_;
