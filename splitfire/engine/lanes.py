@@ -51,7 +51,7 @@ class Lanes:
         self.num_prompt = np.zeros(num_lanes, np.int64)
         self.seq_ids = np.zeros(num_lanes, np.int64)
         self.room = np.zeros(num_lanes, np.int64)  # tokens that its blocks have room for
-        self.ends_at = np.zeros(num_lanes, np.int64)  # tokens: prompt and max_tokens
+        self.ends_at = np.zeros(num_lanes, np.int64)  # tokens, the last without KV; 0 when nobody has the lane
         self.commits_at = np.zeros(num_lanes, np.int64)  # computed tokens by which another block is full
         self.greedy_from = np.zeros(num_lanes, np.int64)  # tokens from which the next one is the plain argmax
         self.stop_ids = np.full((num_lanes, 2), NOBODY)
@@ -64,6 +64,11 @@ class Lanes:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_growing(self) -> int:
+        """Sequences that will need blocks they do not have yet."""
+        return int(np.count_nonzero(self.ends_at - 1 > self.room))
 
     @property
     def decoding(self) -> Decoding:
@@ -84,7 +89,7 @@ class Lanes:
         self._appends[lane] = sequence.tokens.append
         self.num_prompt[lane] = len(spec.prompt)
         self.seq_ids[lane] = spec.seq_id
-        self.ends_at[lane] = len(spec.prompt) + spec.stopping.max_tokens
+        self.ends_at[lane] = spec.ends_at
         self.greedy_from[lane] = sequence.greedy_from if sequence.greedy_from is not None else NEVER
         stop_ids = sorted(spec.stopping.stop_token_ids)
         self.stop_ids = _widened(self.stop_ids, len(stop_ids), NOBODY)
@@ -99,6 +104,7 @@ class Lanes:
         self.sequences[lane] = None
         self._appends[lane] = _nobody
         self._free.append(lane)
+        self.ends_at[lane] = 0
         self._is_decoding[lane] = False
         self._decoding = None
         sequence.lane = -1

@@ -29,7 +29,7 @@ class Reservation:
 
 
 class Lending:
-    """Lends while enough is left: a block and a lane for each sequence that runs or has been promised one."""
+    """Lends while enough is left: a block for each sequence that grows, and what the first that waits here needs."""
 
     def __init__(self, scheduler: Scheduler, lock: threading.Lock, block_size: int) -> None:
         self._scheduler = scheduler
@@ -50,14 +50,16 @@ class Lending:
         wanted = -(-spec.num_tokens // size)
         with self._lock:
             num_lanes = min(len(spec.choices), self._scheduler.budget.max_running)
-            if self._scheduler.num_free_lanes < num_lanes:
+            first = self._scheduler.first_before(spec)
+            num_kept = -(-first.num_tokens // size) if first is not None else 0
+            if self._scheduler.num_free_lanes < num_lanes + (first is not None):
                 return None
             pinned = self._blocks.match(spec.block_hashes[: (spec.num_tokens - 1) // size])
-            num_left = self._blocks.num_available - (wanted - len(pinned))
-            rest = self._blocks.allocate(wanted - len(pinned), BlockState.RESERVED)
-            if rest is None or num_left < len(self._scheduler.running):
-                self._blocks.release([*pinned, *(rest or ())])
+            if not self._scheduler.has_room(spec, spec.num_tokens, len(pinned), num_kept):
+                self._blocks.release(pinned)
                 return None
+            rest = self._blocks.allocate(wanted - len(pinned), BlockState.RESERVED)
+            assert rest is not None
             self._scheduler.num_reserved += num_lanes
         return Reservation(spec, [*pinned, *rest], len(pinned), num_lanes)
 

@@ -5,9 +5,10 @@ token budget in chunks. Drafts come last: they fill the step up to `chunk_tokens
 from prompts and always have as many rows as there may be sequences, and they never make anybody give way: a draft is cut to the
 blocks that are there, and to what the sequence may still get. What it does not need after all goes back after the step.
 
-A prompt takes room for all of it when it is admitted, so only decoding sequences ever need a block and find none. Room is then
-made by preempting the newest of the lowest class; a preempted sequence gives all its blocks back and computes again later, its
-tokens kept. The oldest of the highest class is never preempted, so there is always progress.
+A prompt takes room for all of it when it is admitted, and a block has to be left then for each sequence that still grows. So only
+decoding sequences ever need a block and find none, and only after as many blocks of output as there are such sequences. Room is
+then made by preempting the newest of the lowest class; a preempted sequence gives all its blocks back and computes again later,
+its tokens kept. The oldest of the highest class is never preempted, so there is always progress.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from splitfire.core.lifecycle import Seq, SeqEvent
 from splitfire.engine.blocks import BlockCopy, BlockPool
 from splitfire.engine.drafting import Draft
 from splitfire.engine.lanes import Decoding, Lanes
-from splitfire.engine.sequence import Purpose, SeqId, Sequence
+from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,23 @@ class Scheduler:
     def num_free_lanes(self) -> int:
         return self.budget.max_running - len(self.running) - self.num_reserved
 
+    @property
+    def num_growing(self) -> int:
+        """Sequences that will need another block: those that run, those that a prompt will become, those whose KV is on its way."""
+        choices = [s for s in self.prefilling if s.forks and s.spec.purpose is Purpose.GENERATE]
+        return self.lanes.num_growing + sum(len(s.forks) - 1 for s in choices) + self.num_reserved
+
+    def has_room(self, spec: SequenceSpec, num_tokens: int, num_shared: int, num_kept: int = 0) -> bool:
+        """Whether a sequence of `num_tokens`, `num_shared` of its blocks here already, can come in and leave `num_kept` blocks, and
+        one for each sequence that grows, itself included. Alone it always can, if it can ever end."""
+        num_blocks = -(-num_tokens // self.lanes.block_size)
+        grows = spec.ends_at - 1 > num_blocks * self.lanes.block_size
+        return num_blocks - num_shared + grows + self.num_growing + num_kept <= self.pool.num_available
+
+    def first_before(self, spec: SequenceSpec) -> Sequence | None:
+        """Who waits for room, and gets it before `spec`."""
+        return self.waiting[0] if self.waiting and self.waiting[0].spec.priority >= spec.priority else None
+
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_order)
         self._num_queued_tokens += sequence.num_tokens
@@ -115,7 +133,8 @@ class Scheduler:
         it had been preempted."""
         full = source.num_committed_blocks
         partial = source.block_ids[full : -(-source.num_computed // source.block_size)]
-        own = self.pool.allocate(len(partial)) if self.num_free_lanes > 0 else None
+        can_run = self.num_free_lanes > 0 and self.has_room(other.spec, source.num_computed, full)
+        own = self.pool.allocate(len(partial)) if can_run else None
         if own is None:
             self.add(other)
             return []
@@ -208,10 +227,11 @@ class Scheduler:
         """Starts the first waiting sequence if its whole prompt has room, and takes that room at once, so that prompts
         never preempt one another; what the prefix cache holds is not computed."""
         found = self.pool.match(sequence.shareable_names())
-        rest = self.pool.allocate(-(-sequence.num_tokens // sequence.block_size) - len(found))
-        if rest is None:
+        if not self.has_room(sequence.spec, sequence.num_tokens, len(found)):
             self.pool.release(found)
             return False
+        rest = self.pool.allocate(-(-sequence.num_tokens // sequence.block_size) - len(found))
+        assert rest is not None
         self.waiting.pop(0)
         self._num_queued_tokens -= sequence.num_tokens
         sequence.block_ids = [*found, *rest]

@@ -63,6 +63,13 @@ class SequenceSpec:
         """One or several."""
         return self.forks or (Fork(self.seq_id, self.choice),)
 
+    @property
+    def ends_at(self) -> int:
+        """Tokens it has when it ends here; the last one gets no KV."""
+        if self.purpose is Purpose.PREFILL:
+            return self.num_tokens + 1
+        return len(self.prompt) + self.stopping.max_tokens
+
     def alone(self, fork: Fork) -> SequenceSpec:
         """One of its choices for itself."""
         return replace(self, seq_id=fork.seq_id, choice=fork.choice, forks=())
@@ -138,7 +145,7 @@ class Sequence:
         return other
 
     def become(self, fork: Fork, token: int) -> None:
-        """One of its own choices; the others have been forked off."""
+        """One of its own choices; the others are to be forked off."""
         self.spec = self.spec.alone(fork)
         self.forks = []
         self.tokens.append(token)

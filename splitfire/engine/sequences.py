@@ -210,10 +210,10 @@ class Sequences:
         """It becomes the first of these, the others are forked from it."""
         (first, token), *others = going_on.items()
         self._drop(sequence)
-        self._fork(sequence, dict(others))
         sequence.become(first, token)
         self._by_id[first.seq_id] = sequence
         self._scheduler.decode(sequence)
+        self._fork(sequence, dict(others))
 
     def _fork(self, sequence: Sequence, first_tokens: Mapping[Fork, int]) -> None:
         copies: list[BlockCopy] = []

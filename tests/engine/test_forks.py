@@ -209,19 +209,20 @@ def test_a_group_that_is_preempted_in_its_prompt_is_still_one(llama: Transformer
     """By a sequence of a higher class that needs its blocks."""
     spec = together(90, 10)
     expected = singly(llama, spec)
-    engine = make_engine(llama, num_blocks=5, chunk_tokens=17)
-    first = replace(make_spec(prompt(60, 3), 60), priority=2)
+    engine = make_engine(llama, num_blocks=7, chunk_tokens=2)
+    first = replace(make_spec(prompt(60, 3), 80), priority=2)
     engine.add(first)
     updates: list[SequenceUpdate] = []
     while len(tokens_of(updates, first)) < 2:
         updates += step(engine)
     engine.add(spec)
     while not engine._scheduler.num_preemptions:
+        assert engine.has_work
         updates += step(engine)
     assert not any(u.seq_id in {fork.seq_id for fork in spec.forks} for u in updates), "it was still one"
     updates += drain(engine)
     assert [tokens_of(updates, one) for one in alone(spec)] == expected
-    assert len(tokens_of(updates, first)) == 60
+    assert len(tokens_of(updates, first)) == 80
     assert_no_leaks(engine)
 
 
@@ -309,4 +310,39 @@ def test_lanes_are_promised_to_every_choice_and_given_back(llama: Transformer) -
     third = engine.lending.reserve(together(40, 5, n=8))  # more than there can ever be: they will take turns
     assert third is not None
     engine.lending.forfeit(third)
+    assert_no_leaks(engine)
+
+
+def test_blocks_are_lent_while_one_is_left_for_each_sequence_that_grows(llama: Transformer) -> None:
+    """Those that run and those whose KV is on its way; what will never need another block leaves its own to others."""
+    engine = make_engine(llama, num_blocks=9)
+    engine.add(make_spec(prompt(20), 60))
+    step(engine)
+    first = engine.lending.reserve(make_spec(prompt(60, 1), 60))
+    assert first is not None and engine.load().available_blocks == 6
+    assert engine.lending.reserve(make_spec(prompt(100, 2), 60)) is None, "4 blocks and one each for three sequences"
+    second = engine.lending.reserve(make_spec(prompt(100, 2), 10))
+    assert second is not None and engine.load().available_blocks == 2
+    engine.lending.forfeit(first)
+    engine.lending.forfeit(second)
+    drain(engine)
+    assert_no_leaks(engine)
+
+
+@pytest.mark.parametrize(("priority", "is_lent"), [(0, False), (1, True)])
+def test_who_waits_here_for_room_goes_before_prompts_from_elsewhere(llama: Transformer, priority: int, is_lent: bool) -> None:
+    """Or a preempted sequence would wait for as long as small ones keep coming."""
+    engine = make_engine(llama, num_blocks=8)
+    engine.add(make_spec(prompt(100), 100))
+    step(engine)
+    waiting = make_spec(prompt(120, 1), 20)
+    engine.add(waiting)
+    step(engine)
+    assert engine.load().waiting == 1
+    small = replace(make_spec(prompt(10, 2), 5), priority=priority)
+    reservation = engine.lending.reserve(small)
+    assert (reservation is not None) == is_lent
+    if reservation is not None:
+        engine.lending.forfeit(reservation)
+    assert len(tokens_of(drain(engine), waiting)) == 20
     assert_no_leaks(engine)

@@ -111,7 +111,7 @@ def test_lookup_finds_what_repeats(pico: Transformer, monkeypatch: pytest.Monkey
 
 def test_preemption_changes_nothing(pico: Transformer, pico_draft: Transformer) -> None:
     """Blocks are taken away in the middle of drafting, given back, and the same tokens come."""
-    specs = [make_spec(LOOP[i : i + 40], 40, sampling=SAMPLINGS["sampled"]) for i in range(3)]
+    specs = [make_spec(LOOP[i : i + 40], 80, sampling=SAMPLINGS["sampled"]) for i in range(3)]
     updates = run(make_engine(pico), specs)
     answers = [tokens_of(updates, spec) for spec in specs]
     specs = [replace(spec, predicted=edited(answer)) for spec, answer in zip(specs, answers, strict=True)]
@@ -163,11 +163,12 @@ def test_a_preempted_request_resumed_on_another_worker_with_a_cached_prefix_gets
     def speculator() -> BatchSpeculator:
         return make_speculator(Always(3), draft_model=make_draft_model(pico_draft))
 
-    first = make_engine(pico, num_blocks=4, speculator=speculator())
+    first = make_engine(pico, num_blocks=6, speculator=speculator())
     updates: list[SequenceUpdate] = []
     for each in (rival, spec):
         first.add(each)
     while first._scheduler.num_preemptions == 0:
+        assert first.has_work
         updates += first.step().updates
     streamed = tokens_of(updates, spec)
     assert 0 < len(streamed) < 60
