@@ -154,7 +154,7 @@ def test_a_prompt_leaves_a_block_for_each_sequence_that_grows() -> None:
     assert prompt.state is State.WAITING, "it would take the two blocks that one of them, and itself, need next"
     bench.run([full])
     bench.step()
-    assert prompt.state is State.RUNNING
+    assert prompt in bench.scheduler.running
     assert bench.pool.num_available == 3 and bench.scheduler.num_growing == 2
     bench.run([growing, prompt])
 
@@ -164,9 +164,8 @@ def test_what_grows_no_more_needs_nothing_left() -> None:
     bench.add(12, 5)
     last = bench.add(14, 3, token=100)
     bench.step()
-    assert last.state is State.RUNNING and bench.pool.num_available == 0
-    while last.state is State.RUNNING:
-        bench.step()
+    assert last in bench.scheduler.running and bench.pool.num_available == 0
+    bench.run([last])
     assert bench.scheduler.num_preemptions == 0
 
 
