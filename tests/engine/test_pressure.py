@@ -33,7 +33,7 @@ from splitfire.engine.lending import Reservation
 from splitfire.engine.logits import Logits
 from splitfire.engine.pool import KvPool
 from splitfire.engine.runner import Runner
-from splitfire.engine.scheduler import Budget
+from splitfire.engine.scheduler import Budget, Step
 from splitfire.engine.sequence import Fork, Purpose, SeqId, Sequence, SequenceSpec
 from splitfire.engine.updates import SequenceUpdate
 from tests.engines import GREEDY, assert_no_leaks, make_spec
@@ -43,7 +43,7 @@ BLOCK = 4
 LAYOUT = KvLayout("fp32", num_layers=1, num_kv_heads=1, head_dim=1, block_size=BLOCK)
 CPU = torch.device("cpu")
 LOGITS = torch.randn(4099, VOCAB, generator=torch.Generator().manual_seed(1))
-STEMS = [[random.Random(i).randrange(VOCAB) for _ in range(40)] for i in range(3)]
+STEMS = [[random.Random(i).randrange(VOCAB) for _ in range(40)] for i in range(2)]
 SAMPLED = SamplingParams(temperature=1.0, seed=5)
 MOST_TOKENS = 8 * BLOCK  # of a sequence and its answer; the smallest pool holds as many
 _ids = itertools.count(1)
@@ -136,13 +136,13 @@ class Arriving:
 specs = st.fixed_dictionaries(
     {
         "stem": st.integers(0, len(STEMS) - 1),
-        "length": st.integers(1, 20),
-        "tail": st.lists(st.integers(0, VOCAB - 1), max_size=2),
-        "max_tokens": st.integers(1, 12),
+        "length": st.integers(1, 14),
+        "tail": st.lists(st.integers(0, VOCAB - 1), max_size=1),
+        "max_tokens": st.sampled_from([1, 2, 7, 12, 18, 22, 26]),
         "n": st.sampled_from([1, 1, 1, 2, 3]),
         "priority": st.sampled_from([0, 0, 0, 1]),
         "is_sampled": st.booleans(),
-        "stops": st.booleans(),
+        "stops": st.sampled_from([False, False, True]),
     }
 )
 
@@ -151,7 +151,7 @@ class EngineUnderPressure(RuleBasedStateMachine):
     """Sequences come by prompt and by hand-off, alone and as several choices, are drafted for, cancelled, spoilt and preempted."""
 
     @initialize(
-        num_blocks=st.integers(8, 18), chunk_tokens=st.integers(2, 24), max_running=st.integers(1, 6), caches_prefixes=st.booleans()
+        num_blocks=st.integers(8, 15), chunk_tokens=st.integers(2, 24), max_running=st.integers(2, 6), caches_prefixes=st.booleans()
     )
     def start(self, num_blocks: int, chunk_tokens: int, max_running: int, caches_prefixes: bool) -> None:
         self.answers: dict[SeqId, list[int]] = {}
@@ -216,7 +216,7 @@ class EngineUnderPressure(RuleBasedStateMachine):
             self.arriving.append(Arriving(reservation, prefilled(spec), reservation.num_pinned))
 
     @precondition(lambda self: self.arriving)
-    @rule(data=st.data(), num_blocks=st.integers(1, 4))
+    @rule(data=st.data(), num_blocks=st.integers(1, 6))
     def arrive(self, data: st.DataObject, num_blocks: int) -> None:
         each = data.draw(st.sampled_from(self.arriving))
         self.write(each, num_blocks)
@@ -251,18 +251,18 @@ class EngineUnderPressure(RuleBasedStateMachine):
 
     # -- what happens
 
-    @rule(num_steps=st.integers(1, 6), num_right=st.integers(0, 9), num_wrong=st.integers(0, 9))
+    @rule(num_steps=st.integers(1, 9), num_right=st.integers(0, 5), num_wrong=st.integers(0, 9))
     def run_steps(self, num_steps: int, num_right: int, num_wrong: int) -> None:
         self.guesser.num_right, self.guesser.num_wrong = num_right, num_wrong
         for _ in range(num_steps):
             self.one_step()
 
     def one_step(self) -> None:
-        scheduler, before = self.scheduler, self.scheduler.num_preemptions
+        scheduler = self.scheduler
         model = cast(SummingModel, self.engine.runner.model)
         schedule = scheduler.schedule
 
-        def scheduled(limit: int | None, drafts: Mapping[SeqId, Draft] | None) -> Any:
+        def scheduled(limit: int | None, drafts: Mapping[SeqId, Draft] | None) -> Step:
             step = schedule(limit, drafts)
             lanes = [piece.sequence for piece in step.pieces()]
             model.nan_lanes = frozenset(s.lane for s in lanes if self.poisoned & {c.seq_id for c in s.spec.choices})
@@ -273,13 +273,13 @@ class EngineUnderPressure(RuleBasedStateMachine):
             assert {s.spec.seq_id for s in scheduler.running if s.is_decoding} <= {s.spec.seq_id for s in lanes}
             return step
 
-        scheduler.schedule = scheduled  # type: ignore[method-assign]
+        scheduler.schedule = scheduled  # type: ignore[method-assign, assignment]
         try:
             result = self.engine.step()
         finally:
             scheduler.schedule = schedule  # type: ignore[method-assign]
         if not result.num_rows and self.engine.has_work:
-            assert not scheduler.running and scheduler.num_preemptions == before
+            assert not scheduler.running
             assert self.arriving or scheduler.held, "nothing runs and nothing is lent, and still somebody waits"
         for update in result.updates:
             self.heard(update)
