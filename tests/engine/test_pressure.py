@@ -265,7 +265,9 @@ class EngineUnderPressure(RuleBasedStateMachine):
         def scheduled(limit: int | None, drafts: Mapping[SeqId, Draft] | None) -> Step:
             step = schedule(limit, drafts)
             lanes = [piece.sequence for piece in step.pieces()]
-            model.nan_lanes = frozenset(s.lane for s in lanes if self.poisoned & {c.seq_id for c in s.spec.choices})
+            spoilt = [s for s in lanes if self.poisoned & {choice.seq_id for choice in s.spec.choices}]
+            self.poisoned.update(choice.seq_id for s in spoilt for choice in s.spec.choices)
+            model.nan_lanes = frozenset(s.lane for s in spoilt)
             num_drafts = sum(len(piece.drafts) for piece in step.slices)
             num_decoding = sum(s.is_decoding for s in lanes)
             assert step.num_rows - num_drafts <= max(self.budget.chunk_tokens, num_decoding)
@@ -295,7 +297,7 @@ class EngineUnderPressure(RuleBasedStateMachine):
             got += [token.token_id for token in update.tokens]
             assert got == self.answers[update.seq_id][: len(got)], "another token than alone"
         if update.error:
-            assert update.error == "nonfinite_logits" and update.is_finished
+            assert update.error == "nonfinite_logits" and update.is_finished and update.seq_id in self.poisoned
             self.failed.add(update.seq_id)
         if update.is_finished:
             self.open.remove(update.seq_id)
