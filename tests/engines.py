@@ -62,10 +62,12 @@ def make_engine(
     chunk_tokens: int = 512,
     max_running: int = 16,
     speculator: Speculator | None = None,
+    caches_prefixes: bool = True,
 ) -> Engine:
     layout = KvLayout(dtype, model.config.num_layers, model.config.num_kv_heads, model.config.head_dim, block_size)
     runner = Runner(model, KvPool(layout, num_blocks, torch.device("cpu")))
-    return Engine(runner, BlockPool(num_blocks), Budget(chunk_tokens, max_running), lambda: 0.0, speculator)
+    blocks = BlockPool(num_blocks, caches_prefixes=caches_prefixes)
+    return Engine(runner, blocks, Budget(chunk_tokens, max_running), lambda: 0.0, speculator)
 
 
 def make_spec(
