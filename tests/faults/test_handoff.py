@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from kvtransfer.frames import PAYLOAD, parse_frame, parse_payload
 from kvtransfer.protocol import Recv, Send
 from splitfire.core import limits
+from splitfire.core.errors import Code
+from splitfire.engine.updates import StepResult
 from tests.faults.sims import at_payload, fleet, receiver_of, sender_of, until
 from tests.model.clock import play
 from tests.model.simulator import LAYOUT, Simulation, WorkerPlan
@@ -508,11 +511,51 @@ def test_preempt_migrate_identity() -> None:
                 sim.ask(40, 40, seed=5)  # the same prompt everywhere
                 sim.ask(40, 40, seed=6)
             small = sim.workers["d0"]
-            await until(lambda: all(len(a.choice.ids) > 10 for a in sim.asked) or small.host.engine._scheduler.num_preemptions)
+            await until(lambda: small.host.engine._scheduler.num_preemptions)
+            assert not any(asked.task.done() for asked in sim.asked)
             sim.kill("d0")
             await sim.finish(hold_s=20.0)
 
     play(scene())
+
+
+def test_deadline_at_every_stage() -> None:
+    """F52: wherever a request is when its time is up, it ends with the tokens it had, and one step later nothing is computed for
+    it. (In the router's queue: tests/router/test_flow.py.)"""
+
+    async def scene(stages: set[str], deadline_s: float) -> None:
+        async with fleet(prefill=1, decode=1) as sim:
+            num_rows = 0
+
+            def counted(step: Callable[[], StepResult]) -> StepResult:
+                nonlocal num_rows
+                result = step()
+                num_rows += result.num_rows
+                return result
+
+            for worker in sim.workers.values():
+                worker.host.engine.step = partial(counted, worker.host.engine.step)  # type: ignore[method-assign]
+            asked = sim.ask(100, 300, deadline_s=deadline_s)
+            await asyncio.wait([asked.task])
+            p, d = sim.workers["p0"], sim.workers["d0"]
+            if p.host.engine.has_work:
+                stages.add("prefill")
+            elif d.host.engine.has_work:
+                stages.add("decode")
+            elif p.agent.num_open:
+                stages.add("transfer")
+            await asyncio.sleep(0.1)  # the cancel is on its way, a step is under way
+            before = num_rows
+            await sim.finish(may_fail=True)
+            await asyncio.sleep(2.0)
+            assert num_rows == before
+            assert asked.error is not None and asked.error.code is Code.DEADLINE_EXCEEDED
+            assert f"after {len(asked.choice.ids)} tokens" in str(asked.error)
+
+    stages: set[str] = set()
+    for number in range(60):
+        play(scene(stages, 0.001 + number * 0.004))
+    assert stages == {"prefill", "transfer", "decode"}
 
 
 def test_double_abort_single_terminal() -> None:
