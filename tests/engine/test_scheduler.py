@@ -143,6 +143,23 @@ def test_the_newest_gives_way_and_comes_back_with_its_tokens() -> None:
     assert new.tokens[: len(tokens)] == tokens
 
 
+def test_pool_exhaustion_preempts_the_newest_of_the_lowest_class_and_recovers() -> None:
+    """F25: the higher class and the older keep their blocks, admission closes meanwhile, and everybody ends."""
+    bench = Bench(12)
+    low_old, low_new = bench.add(16, 40), bench.add(16, 40, token=100)
+    high = bench.add(16, 40, priority=1, token=200)
+    late = None
+    while not bench.scheduler.num_preemptions:
+        bench.step()
+        if late is None and bench.pool.num_available <= 2:
+            late = bench.add(8, 2, token=300)
+    assert late is not None
+    assert bench.scheduler.waiting == [low_new, late]
+    assert bench.scheduler.running == [high, low_old]
+    bench.run([high, low_old, low_new, late])
+    assert all(s.tokens[16:] == [1] * 40 for s in (high, low_old, low_new))
+
+
 def test_a_prompt_leaves_a_block_for_each_sequence_that_grows() -> None:
     bench = Bench(7)
     growing, full = bench.add(8, 40), bench.add(12, 4, token=100)
