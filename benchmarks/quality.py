@@ -1,4 +1,4 @@
-"""What a KV pool's dtype and int8 weights cost in quality: `python -m benchmarks.quality`. About twelve minutes on two cores.
+"""What a KV pool's dtype and int8 weights cost in quality: `python -m benchmarks.quality`. Two minutes on two cores with AVX-512, twelve where torch computes.
 
 Model: `pico`, prompts of its held-out text. As in a hand-off, prompts are computed with an fp32 pool, packed into the decode
 pool's dtype, and continued there; the opponent goes on in fp32. With int8 weights the same model also computes the prompts, since
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -24,13 +25,14 @@ from benchmarks.report import Row, half_spread, write
 from models.train_pico import END, is_held_out, source_files
 from splitfire.core.layout import KvLayout
 from splitfire.core.model_dir import ModelDir
+from splitfire.engine.batch import StepBatch
 from splitfire.engine.checkpoint import LoadOptions, load_weights
-from splitfire.engine.kernels.attention import QuerySpan, plan_attention
 from splitfire.engine.kernels.pack import pack, unpack
 from splitfire.engine.kernels.quantise import dequantise, hadamard, quantise
-from splitfire.engine.kernels.rope import CacheTargets
+from splitfire.engine.models.bodies import build
+from splitfire.engine.models.compiled import CompiledTransformer
 from splitfire.engine.models.rope import rope_table
-from splitfire.engine.models.transformer import StepInput, Transformer
+from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.pool import KvPool
 from splitfire.engine.tensors import weight_bytes
 
@@ -39,6 +41,8 @@ CPU = torch.device("cpu")
 NUM_PROMPTS, PROMPT_TOKENS, NUM_TOKENS, BLOCK_SIZE = 100, 256, 64, 32
 BLOCKS_EACH = -(-(PROMPT_TOKENS + NUM_TOKENS) // BLOCK_SIZE)
 NUM_DRAWS = 8  # of made-up keys and values
+
+Model = Transformer | CompiledTransformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +64,27 @@ def held_out_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [[end, *ids[start : start + length]] for start in starts]
 
 
-def load_pico(is_int8: bool = False) -> Transformer:
+def load_pico(is_int8: bool = False) -> Model:
+    """In the body that workers would run here."""
     model = ModelDir(PICO)
     weights = load_weights(model, LoadOptions(torch.float32, CPU, is_int8=is_int8))
     config = model.config
-    return Transformer(config, weights, rope_table(config.rope, config.head_dim, config.max_positions, CPU))
+    return build(config, weights, rope_table(config.rope, config.head_dim, config.max_positions, CPU), may_compile=True)
 
 
-def block_table(prompt: int) -> range:
-    return range(prompt * BLOCKS_EACH, (prompt + 1) * BLOCKS_EACH)
+BLOCK_TABLES = np.arange(NUM_PROMPTS * BLOCKS_EACH, dtype=np.int32).reshape(NUM_PROMPTS, BLOCKS_EACH)
 
 
-def forward(model: Transformer, pool: KvPool, prompts: Sequence[int], tokens: Tensor, begin: int) -> Tensor:
+def forward(model: Model, pool: KvPool, prompts: Sequence[int], tokens: Tensor, begin: int) -> Tensor:
     """tokens [len(prompts), count] at positions begin, ... of these prompts -> logits [len(prompts), vocab] after the last one."""
-    count = tokens.shape[1]
-    positions = torch.arange(begin, begin + count).repeat(len(prompts))
-    blocks = torch.tensor([block_table(p)[at // BLOCK_SIZE] for p in prompts for at in range(begin, begin + count)])
-    tables = [tuple(block_table(p)[: -(-(begin + count) // BLOCK_SIZE)]) for p in prompts]
-    spans = [QuerySpan(i * count, (i + 1) * count, begin + count, table) for i, table in enumerate(tables)]
-    step = StepInput(tokens.flatten(), positions, CacheTargets(blocks, positions % BLOCK_SIZE), plan_attention(spans, CPU))
-    return model.logits(model.forward(step, pool).view(len(prompts), count, -1)[:, -1])
+    num, count = tokens.shape
+    begins = np.arange(num + 1) * count
+    step = StepBatch(
+        tokens.flatten().numpy(), np.tile(np.arange(begin, begin + count), num), begins, np.full(num, begin + count),
+        np.array(prompts), BLOCK_TABLES, begins[1:] - 1, 0,
+    )  # fmt: skip
+    with torch.inference_mode():
+        return model.compute(step, pool).values
 
 
 def hand_off(source: KvPool, target: KvPool) -> None:
@@ -87,13 +92,13 @@ def hand_off(source: KvPool, target: KvPool) -> None:
     num_blocks = -(-PROMPT_TOKENS // BLOCK_SIZE)
     payload = torch.empty(num_blocks * target.layout.block_bytes, dtype=torch.uint8)
     for prompt in range(NUM_PROMPTS):
-        ids = block_table(prompt)[:num_blocks]
+        ids = range(prompt * BLOCKS_EACH, prompt * BLOCKS_EACH + num_blocks)
         sent = pack(source, ids, PROMPT_TOKENS, target.layout.dtype, payload)
         received = unpack(target, ids, payload)
         assert sent == received
 
 
-def go_on(model: Transformer, pool: KvPool, first_logits: Tensor, forced: Tensor | None = None) -> Continuation:
+def go_on(model: Model, pool: KvPool, first_logits: Tensor, forced: Tensor | None = None) -> Continuation:
     """Greedy from the logits after each prompt; or, with `forced` [num_prompts, NUM_TOKENS], scores those tokens."""
     tokens, scores, logits = [], [], first_logits
     everyone = range(NUM_PROMPTS)
@@ -106,7 +111,7 @@ def go_on(model: Transformer, pool: KvPool, first_logits: Tensor, forced: Tensor
     return Continuation(torch.stack(tokens, 1), torch.stack(scores, 1))
 
 
-def prefill(model: Transformer) -> tuple[KvPool, Tensor]:
+def prefill(model: Model) -> tuple[KvPool, Tensor]:
     """Every prompt, in an fp32 pool, and the logits after each."""
     config = model.config
     layout = KvLayout("fp32", config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE)

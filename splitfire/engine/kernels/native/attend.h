@@ -77,38 +77,38 @@ struct Context {
     }
 };
 
-// Fetches a part, a few lines of the cache at a time, while the one before is computed with: memory is slow, and never idle.
+// Fetches a part, a few lines of the cache at a time, while the one before is computed with: memory is slow, and never idle. It gives a
+// thread more in several places at a time, so the runs of blocks are fetched side by side.
 class Fetcher {
 public:
     // Begins anew, with the keys and values of a part.
     void begin(const Context& context, int64_t part) {
         const Pool& pool = *context.pool;
         const int64_t vector_bytes = pool.head_dim * FORMATS[pool.format].element_bytes, count = std::min(PART, context.tokens - part * PART);
-        num_runs_ = next_ = 0, at_ = end_ = nullptr;
+        num_runs_ = next_ = offset_ = longest_ = 0;
         for (const Side side : {KEYS, VALUES}) {
             for (int64_t i = 0; i < count;) {
                 const int64_t token = (part * PART + i) % pool.block_size, here = std::min(count - i, pool.block_size - token);
                 const uint8_t* from = pool.elements(context.table[(part * PART + i) / pool.block_size], context.layer, side, context.head, token);
-                runs_[num_runs_++] = {from, from + here * vector_bytes};
+                runs_[num_runs_++] = {from, here * vector_bytes};
+                longest_ = std::max(longest_, here * vector_bytes);
                 i += here;
             }
         }
     }
 
     __attribute__((always_inline)) void fetch(int64_t lines) {
-        for (; lines > 0; --lines, at_ += 64) {
-            if (at_ >= end_) {
-                if (next_ == num_runs_) return;
-                at_ = runs_[next_].first, end_ = runs_[next_++].second;
-            }
-            _mm_prefetch(reinterpret_cast<const char*>(at_), _MM_HINT_T1);
+        for (; lines > 0 && offset_ < longest_; --lines) {
+            const auto& [from, bytes] = runs_[next_];
+            if (offset_ < bytes) _mm_prefetch(reinterpret_cast<const char*>(from + offset_), _MM_HINT_T1);
+            if (++next_ == num_runs_) next_ = 0, offset_ += 64;
         }
     }
 
 private:
-    std::pair<const uint8_t*, const uint8_t*> runs_[2 * (PART / 8 + 1)];
-    int64_t num_runs_ = 0, next_ = 0;
-    const uint8_t *at_ = nullptr, *end_ = nullptr;
+    std::pair<const uint8_t*, int64_t> runs_[2 * (PART / 8 + 1)];
+    int64_t num_runs_ = 0, longest_ = 0;
+    int64_t next_ = 0, offset_ = 0;  // run and byte
 };
 
 // A task: some rows, one head, some parts. Rows are query heads of a group within tokens: token first_token + row / group.

@@ -14,6 +14,10 @@ constexpr int64_t MAX_TILE = 12;   // rows; 24 registers of sums, four of weight
 constexpr int64_t ROW_BLOCK = 132;  // rows that are multiplied with a panel while it is near; their activations fit the second cache
 constexpr int64_t ROW_PADDING = 16;  // floats between rows, so that they do not fall into the same places of the cache
 
+// Lanes from `first` on of `count` floats, and zeros.
+INLINE __mmask16 lanes_of(int64_t first, int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count - first, 0, LANES)) - 1); }
+INLINE Floats load_some(const float* from, int64_t first, int64_t count) { return _mm512_maskz_loadu_ps(lanes_of(first, count), from + first); }
+
 enum class Weight : int64_t { BF16, FP32, INT8 };
 
 // Twin of compiled.py's _Matrix. [columns, inputs], packed by its pack(); a panel that is not full is filled up with zeros.
@@ -37,87 +41,109 @@ struct Ahead {
     const uint8_t* then;
 };
 
-constexpr int64_t AHEAD_BYTES = 4096;
+constexpr int64_t AHEAD_BYTES = 8192;
 
-// K inputs times 32 columns, two inputs at a time: their weights of a column lie side by side in BF16, one after the other else.
-template <Weight FORMAT, int ROWS>
-INLINE void multiply_tile(const float* x, int64_t stride, const uint8_t* panel, int64_t inputs, float* out, Ahead ahead) {
-    Floats sum[ROWS][2];
-    for (int row = 0; row < ROWS; ++row) sum[row][0] = sum[row][1] = _mm512_setzero_ps();
+// Few rows take several panels at once, for memory gives a thread more when it reads in several places; 24 registers of sums at most.
+constexpr int64_t panels_at_once(int64_t rows) { return rows <= 3 ? 4 : rows == 4 ? 3 : rows <= 6 ? 2 : 1; }
+
+// K inputs times 32 columns of each of PANELS panels, two inputs at a time: their weights of a column lie side by side in BF16, one after the other else.
+// out: [PANELS][ROWS][PANEL]
+template <Weight FORMAT, int ROWS, int PANELS>
+INLINE void multiply_tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* out, Ahead ahead) {
+    constexpr int64_t PAIR_BYTES = 2 * PANEL * (FORMAT == Weight::BF16 ? 2 : FORMAT == Weight::FP32 ? 4 : 1);
+    Floats sum[PANELS][ROWS][2];
+    for (auto& one : sum) for (auto& row : one) row[0] = row[1] = _mm512_setzero_ps();
     // Three rows share a pointer: the processor adds the stride and its double by itself, and the pointers fit its registers.
     const float* from[(ROWS + 2) / 3];
     for (int i = 0; i < (ROWS + 2) / 3; ++i) from[i] = x + 3 * i * stride;
-    const auto add = [&](int64_t k, Floats left, Floats right) __attribute__((always_inline)) {
-#pragma GCC unroll 12
-        for (int row = 0; row < ROWS; ++row) {
-            const Floats factor = splat(from[row / 3][row % 3 * stride + k]);
-            sum[row][0] = fma(factor, left, sum[row][0]);
-            sum[row][1] = fma(factor, right, sum[row][1]);
-        }
-    };
     for (int64_t k = 0; k < inputs; k += 2) {
         if (k == ahead.turn) ahead.at = ahead.then;
-        _mm_prefetch(reinterpret_cast<const char*>(ahead.at), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(ahead.at + 64), _MM_HINT_T0);
-        ahead.at += ahead.step;
-        if constexpr (FORMAT == Weight::BF16) {
-            Floats left[2], right[2];
-            split_bf16(_mm512_loadu_si512(panel), left[0], left[1]);
-            split_bf16(_mm512_loadu_si512(panel + 64), right[0], right[1]);
-            add(0, left[0], right[0]);
-            add(1, left[1], right[1]);
-            panel += 128;
-        } else if constexpr (FORMAT == Weight::FP32) {
-            add(0, _mm512_loadu_ps(panel), _mm512_loadu_ps(panel + 64));
-            add(1, _mm512_loadu_ps(panel + 128), _mm512_loadu_ps(panel + 192));
-            panel += 256;
-        } else {
-            add(0, widen<Kv::INT8>(panel), widen<Kv::INT8>(panel + 16));
-            add(1, widen<Kv::INT8>(panel + 32), widen<Kv::INT8>(panel + 48));
-            panel += 64;
+#pragma GCC unroll 4
+        for (int i = 0; i < PANELS; ++i) {
+            const auto add = [&](int64_t k, Floats left, Floats right) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+                for (int row = 0; row < ROWS; ++row) {
+                    const Floats factor = splat(from[row / 3][row % 3 * stride + k]);
+                    sum[i][row][0] = fma(factor, left, sum[i][row][0]);
+                    sum[i][row][1] = fma(factor, right, sum[i][row][1]);
+                }
+            };
+            const uint8_t* weights = panel + i * panel_bytes;
+            _mm_prefetch(reinterpret_cast<const char*>(ahead.at + i * panel_bytes), _MM_HINT_T0);
+            if (PAIR_BYTES > 64) _mm_prefetch(reinterpret_cast<const char*>(ahead.at + i * panel_bytes + 64), _MM_HINT_T0);
+            if constexpr (FORMAT == Weight::BF16) {
+                Floats left[2], right[2];
+                split_bf16(_mm512_loadu_si512(weights), left[0], left[1]);
+                split_bf16(_mm512_loadu_si512(weights + 64), right[0], right[1]);
+                add(0, left[0], right[0]);
+                add(1, left[1], right[1]);
+            } else if constexpr (FORMAT == Weight::FP32) {
+                add(0, _mm512_loadu_ps(weights), _mm512_loadu_ps(weights + 64));
+                add(1, _mm512_loadu_ps(weights + 128), _mm512_loadu_ps(weights + 192));
+            } else {
+                add(0, widen<Kv::INT8>(weights), widen<Kv::INT8>(weights + 16));
+                add(1, widen<Kv::INT8>(weights + 32), widen<Kv::INT8>(weights + 48));
+            }
         }
+        panel += PAIR_BYTES, ahead.at += ahead.step;
 #pragma GCC unroll 4
         for (int i = 0; i < (ROWS + 2) / 3; ++i) from[i] += 2;
     }
-    for (int row = 0; row < ROWS; ++row) {
-        store(out + row * PANEL, sum[row][0]);
-        store(out + row * PANEL + LANES, sum[row][1]);
+    for (int i = 0; i < PANELS; ++i) {
+        for (int row = 0; row < ROWS; ++row) {
+            store(out + (i * ROWS + row) * PANEL, sum[i][row][0]);
+            store(out + (i * ROWS + row) * PANEL + LANES, sum[i][row][1]);
+        }
+    }
+}
+
+template <Weight FORMAT, int ROWS>
+void multiply_panels(int64_t panels, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* out, const Ahead& ahead) {
+    switch (panels) {
+#define CASE(PANELS) case PANELS: if constexpr (PANELS <= panels_at_once(ROWS)) multiply_tile<FORMAT, ROWS, PANELS>(x, stride, panel, panel_bytes, inputs, out, ahead); return;
+        CASE(1) CASE(2) CASE(3) CASE(4)
+#undef CASE
     }
 }
 
 template <Weight FORMAT>
-void multiply_rows(int64_t rows, const float* x, int64_t stride, const uint8_t* panel, int64_t inputs, float* out, const Ahead& ahead) {
+void multiply_rows(int64_t rows, int64_t panels, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* out, const Ahead& ahead) {
     switch (rows) {
-#define CASE(ROWS) case ROWS: return multiply_tile<FORMAT, ROWS>(x, stride, panel, inputs, out, ahead);
+#define CASE(ROWS) case ROWS: return multiply_panels<FORMAT, ROWS>(panels, x, stride, panel, panel_bytes, inputs, out, ahead);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
     }
 }
 
-// x [rows, inputs] times panel `panel` of the matrix -> emit(row, sums of 32 columns, scaled, without bias), row by row. Meanwhile panel
-// `next` is fetched towards the processor.
+// x [rows, inputs] times panels [first, end) of the matrix -> emit(panel, row, sums of 32 columns, scaled, without bias), panel by panel.
+// Meanwhile what is read after them, at `next`, is fetched towards the processor.
 template <class Emit>
-INLINE void multiply(const Matrix& matrix, int64_t panel, int64_t next, int64_t rows, const float* x, int64_t stride, Emit emit) {
-    alignas(64) float out[MAX_TILE * PANEL], scales[PANEL];
-    const int64_t first = panel * PANEL, tiles = (rows + MAX_TILE - 1) / MAX_TILE;
-    if (matrix.scales) {
-        for (int64_t i = 0; i < PANEL; ++i) scales[i] = first + i < matrix.columns ? matrix.scales[first + i] : 0.0f;
-    }
-    const uint8_t* weights = matrix.panel(panel);
-    const int64_t pair_bytes = 2 * PANEL * matrix.element_bytes(), lead = std::min(AHEAD_BYTES, matrix.panel_bytes());
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t begin = rows * tile / tiles, count = rows * (tile + 1) / tiles - begin;
-        // One tile: what it will read soon. Several: a share of the next panel, for the first has brought this one near.
-        Ahead ahead{weights + lead, pair_bytes, matrix.inputs - lead / pair_bytes * 2, matrix.panel(next)};
-        if (tiles > 1) ahead = {matrix.panel(next) + tile * matrix.panel_bytes() / tiles, pair_bytes / tiles, -1, nullptr};
-        const float* from = x + begin * stride;
-        if (matrix.format == Weight::BF16) multiply_rows<Weight::BF16>(count, from, stride, weights, matrix.inputs, out, ahead);
-        else if (matrix.format == Weight::FP32) multiply_rows<Weight::FP32>(count, from, stride, weights, matrix.inputs, out, ahead);
-        else multiply_rows<Weight::INT8>(count, from, stride, weights, matrix.inputs, out, ahead);
-        for (int64_t row = 0; row < count; ++row) {
-            Floats left = load(out + row * PANEL), right = load(out + row * PANEL + LANES);
-            if (matrix.scales) left = _mm512_mul_ps(left, load(scales)), right = _mm512_mul_ps(right, load(scales + LANES));
-            emit(begin + row, left, right);
+INLINE void multiply(const Matrix& matrix, int64_t first, int64_t end, const uint8_t* next, int64_t rows, const float* x, int64_t stride, Emit emit) {
+    alignas(64) float out[MAX_TILE * PANEL];
+    const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, at_once = tiles > 1 ? 1 : panels_at_once(rows);
+    const int64_t panel_bytes = matrix.panel_bytes(), pair_bytes = 2 * PANEL * matrix.element_bytes(), lead = std::min(AHEAD_BYTES, panel_bytes);
+    for (int64_t panel = first; panel < end; panel += at_once) {
+        const int64_t panels = std::min(at_once, end - panel);
+        const uint8_t *weights = matrix.panel(panel), *after = panel + panels < end ? matrix.panel(panel + panels) : next;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t begin = rows * tile / tiles, count = rows * (tile + 1) / tiles - begin;
+            // One tile: what it will read soon. Several: a share of what comes next, for the first has brought this near.
+            Ahead ahead{weights + lead, pair_bytes, matrix.inputs - lead / pair_bytes * 2, after};
+            if (tiles > 1) ahead = {after + tile * panel_bytes / tiles, pair_bytes / tiles, -1, nullptr};
+            const float* from = x + begin * stride;
+            if (matrix.format == Weight::BF16) multiply_rows<Weight::BF16>(count, panels, from, stride, weights, panel_bytes, matrix.inputs, out, ahead);
+            else if (matrix.format == Weight::FP32) multiply_rows<Weight::FP32>(count, panels, from, stride, weights, panel_bytes, matrix.inputs, out, ahead);
+            else multiply_rows<Weight::INT8>(count, panels, from, stride, weights, panel_bytes, matrix.inputs, out, ahead);
+            for (int64_t i = 0; i < panels; ++i) {
+                const int64_t column = (panel + i) * PANEL;
+                const Floats one = splat(1.0f);
+                const Floats left_scale = matrix.scales ? load_some(matrix.scales, column, matrix.columns) : one;
+                const Floats right_scale = matrix.scales ? load_some(matrix.scales, column + LANES, matrix.columns) : one;
+                for (int64_t row = 0; row < count; ++row) {
+                    const float* sums = out + (i * count + row) * PANEL;
+                    emit(panel + i, begin + row, _mm512_mul_ps(load(sums), left_scale), _mm512_mul_ps(load(sums + LANES), right_scale));
+                }
+            }
         }
     }
 }

@@ -268,33 +268,38 @@ private:
         return normed_.row(0);
     }
 
+    // How many tasks a product is cut into: of as many `pieces` (panels, or pairs of them) as are taken at once, and as many for each thread.
+    int64_t num_tasks(int64_t pieces, int64_t at_once) const {
+        const int64_t each = std::max<int64_t>(1, at_once) * team_.size();
+        return std::min(pieces, (pieces + each - 1) / each * team_.size());
+    }
+
     // emit(row, first column, 32 columns of the product), with the bias.
     template <class Emit> void times(const Matrix& matrix, int64_t rows, const float* x, int64_t stride, Emit emit) {
-        const int64_t panels = matrix.num_panels(), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-        team_.share(panels * blocks, [&](int64_t i, int64_t next) {
-            const int64_t first = rows * (i / panels) / blocks, end = rows * (i / panels + 1) / blocks, panel = i % panels;
-            Floats biases[2];
-            bias(matrix.bias, panel * PANEL, matrix.columns, biases);
-            multiply(matrix, panel, next % panels, end - first, x + first * stride, stride, [&](int64_t row, Floats left, Floats right) {
-                emit(first + row, panel * PANEL, _mm512_add_ps(left, biases[0]), _mm512_add_ps(right, biases[1]));
+        const int64_t panels = matrix.num_panels(), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, tasks = num_tasks(panels, panels_at_once(rows));
+        team_.share(tasks * blocks, [&](int64_t i, int64_t next) {
+            const int64_t first = rows * (i / tasks) / blocks, end = rows * (i / tasks + 1) / blocks, task = i % tasks;
+            const uint8_t* after = matrix.panel(panels * (next % tasks) / tasks);
+            multiply(matrix, panels * task / tasks, panels * (task + 1) / tasks, after, end - first, x + first * stride, stride,
+                     [&](int64_t panel, int64_t row, Floats left, Floats right) {
+                const int64_t column = panel * PANEL;
+                Floats biases[2];
+                bias(matrix.bias, column, matrix.columns, biases);
+                emit(first + row, column, _mm512_add_ps(left, biases[0]), _mm512_add_ps(right, biases[1]));
             });
         });
     }
 
     static void bias(const float* values, int64_t first, int64_t columns, Floats* out) {
-        for (int64_t half = 0; half < 2; ++half) out[half] = values ? _mm512_maskz_loadu_ps(mask(first + half * LANES, columns), values + first + half * LANES) : _mm512_setzero_ps();
-    }
-
-    static __mmask16 mask(int64_t first, int64_t columns) {
-        return __mmask16((1u << std::clamp<int64_t>(columns - first, 0, LANES)) - 1);
+        for (int64_t half = 0; half < 2; ++half) out[half] = values ? load_some(values, first + half * LANES, columns) : _mm512_setzero_ps();
     }
 
     static void put(float* row, int64_t column, int64_t columns, Floats left, Floats right) {
         if (column + PANEL <= columns) {
             store(row + column, left), store(row + column + LANES, right);
         } else {
-            _mm512_mask_storeu_ps(row + column, mask(column, columns), left);
-            _mm512_mask_storeu_ps(row + column + LANES, mask(column + LANES, columns), right);
+            _mm512_mask_storeu_ps(row + column, lanes_of(column, columns), left);
+            _mm512_mask_storeu_ps(row + column + LANES, lanes_of(column + LANES, columns), right);
         }
     }
 
@@ -309,23 +314,21 @@ private:
 
     // inner = silu(x times gate) * (x times up)
     void gate(const Matrix& matrix, int64_t rows, const float* x, int64_t stride) {
-        const int64_t width = model_->intermediate, panels = matrix.num_panels() / 2, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-        team_.share(panels * blocks, [&](int64_t i, int64_t next) {
-            const int64_t first = rows * (i / panels) / blocks, end = rows * (i / panels + 1) / blocks, panel = i % panels;
-            const int64_t column = panel * PANEL;
-            const bool has_right = column + LANES < width;
-            Floats biases[2];
-            bias(matrix.bias, column, width, biases);
-            multiply(matrix, 2 * panel, 2 * panel + 1, end - first, x + first * stride, stride, [&](int64_t row, Floats left, Floats right) {
+        const int64_t width = model_->intermediate, pairs = matrix.num_panels() / 2, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
+        const int64_t tasks = num_tasks(pairs, panels_at_once(rows) / 2);
+        team_.share(tasks * blocks, [&](int64_t i, int64_t next) {
+            const int64_t first = rows * (i / tasks) / blocks, end = rows * (i / tasks + 1) / blocks, task = i % tasks;
+            const uint8_t* after = matrix.panel(pairs * (next % tasks) / tasks * 2);
+            multiply(matrix, pairs * task / tasks * 2, pairs * (task + 1) / tasks * 2, after, end - first, x + first * stride, stride,
+                     [&](int64_t panel, int64_t row, Floats left, Floats right) {
+                const bool is_up = panel % 2;
+                const int64_t column = panel / 2 * PANEL;
                 float* to = inner_.row(first + row) + column;
-                store(to, silu(_mm512_add_ps(left, biases[0])));
-                if (has_right) store(to + LANES, silu(_mm512_add_ps(right, biases[1])));
-            });
-            bias(matrix.bias ? matrix.bias + width : nullptr, column, width, biases);
-            multiply(matrix, 2 * panel + 1, 2 * (next % panels), end - first, x + first * stride, stride, [&](int64_t row, Floats left, Floats right) {
-                float* to = inner_.row(first + row) + column;
-                store(to, _mm512_mul_ps(load(to), _mm512_add_ps(left, biases[0])));
-                if (has_right) store(to + LANES, _mm512_mul_ps(load(to + LANES), _mm512_add_ps(right, biases[1])));
+                Floats biases[2];
+                bias(matrix.bias ? matrix.bias + is_up * width : nullptr, column, width, biases);
+                left = _mm512_add_ps(left, biases[0]), right = _mm512_add_ps(right, biases[1]);
+                store(to, is_up ? _mm512_mul_ps(load(to), left) : silu(left));
+                if (column + LANES < width) store(to + LANES, is_up ? _mm512_mul_ps(load(to + LANES), right) : silu(right));
             });
         });
     }
