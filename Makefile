@@ -47,7 +47,7 @@ bench-transfer:  ## the hand-off between two processes; against NIXL where bench
 bench-scheduler: ## what a step costs beside the model
 	.venv/bin/python -m benchmarks.scheduler
 
-# Every bound of the engine, about an hour and a half; QUICK=--quick only shows that it all runs (ten minutes, nothing is kept).
+# Every bound of the engine, two to three hours; QUICK=--quick only shows that it all runs (ten minutes, nothing is kept).
 bench-engine: checkpoint  ## the engine beside its floors, and beside vLLM and OpenVINO GenAI; installs them (5 GB)
 	benchmarks/setup_opponents vllm openvino
 	.venv/bin/python -m benchmarks.engine $(QUICK)

@@ -1,4 +1,5 @@
-"""What a KV pool's dtype and int8 weights cost in quality: `python -m benchmarks.quality`. Two minutes on two cores with AVX-512, twelve where torch computes.
+"""What a KV pool's dtype and int8 weights cost in quality: `python -m benchmarks.quality`. Half a minute on two cores with
+AVX-512, twelve where torch computes.
 
 Model: `pico`, prompts of its held-out text. As in a hand-off, prompts are computed with an fp32 pool, packed into the decode
 pool's dtype, and continued there; the opponent goes on in fp32. With int8 weights the same model also computes the prompts, since
@@ -80,7 +81,7 @@ def forward(model: Model, pool: KvPool, prompts: Sequence[int], tokens: Tensor, 
     num, count = tokens.shape
     begins = np.arange(num + 1) * count
     step = StepBatch(
-        tokens.flatten().numpy(), np.tile(np.arange(begin, begin + count), num), begins, np.full(num, begin + count),
+        tokens.flatten().contiguous().numpy(), np.tile(np.arange(begin, begin + count), num), begins, np.full(num, begin + count),
         np.array(prompts), BLOCK_TABLES, begins[1:] - 1, 0,
     )  # fmt: skip
     with torch.inference_mode():

@@ -54,7 +54,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--flag", action="append", default=[], help="for every worker of ours, such as --flag=--dtype=fp32")
     add("--also", action="append", default=[], help="one more of ours with these flags: --also='--weights=int8' (both-cores)")
     add("--against", type=lambda s: s.split(","), default=["vllm", "openvino"], help="whom; empty: ours alone")
-    add("--vllm-dtypes", type=lambda s: s.split(","), default=_vllm_dtypes(), help="of both-cores; each is a server of its own")
+    add(
+        "--vllm-dtypes",
+        type=lambda s: s.split(","),
+        default=_vllm_dtypes(),
+        help="of both-cores and one-core-each; each is a server of its own",
+    )
     add("--vllm-dtype", default=_vllm_dtypes()[0], help="elsewhere")
     add("--vllm-chunks", type=_numbers, default=[512], help="--max-num-batched-tokens beside its default (interference)")
     args = parser.parse_args(argv)

@@ -26,7 +26,8 @@ def one_core_each(args: argparse.Namespace, lineup: Lineup) -> list[Row]:
     (first, second), vocab = args.cpus[:2], vocab_size(args.model)
     lineup.ours(f"{OURS} split", Cores((first,), (second,)), args.flag, [first])
     lineup.ours(f"{OURS} aggregated", Cores((), (second,)), args.flag, [first], family=OURS_ONE_CORE)
-    add_vllm_split(lineup, [first], [second], args.vllm_dtype)
+    for dtype in args.vllm_dtypes:
+        add_vllm_split(lineup, [first], [second], dtype)
     measure = partial(lineup.measure, args.turns, args.warmup)
     singles = measure(lambda c, turn: one(c.endpoint, vocab, turn, W1))
     rows = compare(f"W1 {W1}", RATE, lineup.series(singles, single_stream_rate), RATE_TARGETS)

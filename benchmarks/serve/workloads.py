@@ -35,6 +35,7 @@ STEADY, NUM_STEADY = Shape(64, 256), 4
 # More than one token of answer, or a split server would have nothing to hand over.
 LONG = Shape(4096, 16)
 FIRST_LONG_S = 1.0
+STEADY_WAIT_S = 120.0  # for the first token of each steady stream
 NOTHING_S = 15.0  # how long the steady streams are watched with nothing arriving
 W5, NUM_SHARED, NUM_SHARING, SHARING_AT_ONCE = Shape(64, 32), 1024, 32, 4
 
@@ -89,30 +90,37 @@ def _ask_all(endpoint: Endpoint, prompts: Sequence[Sequence[int]], output: int, 
 
 
 def steady_and_long(endpoint: Endpoint, vocab: int, seed: int, num_long: int, every_s: float) -> Interference:
-    """W4: `num_long` prompts, one every `every_s` from FIRST_LONG_S on; the steady streams start again until the last of them
-    has ended. With none the steady streams are watched for NOTHING_S."""
+    """W4: `num_long` prompts, one every `every_s`, the first FIRST_LONG_S after every steady stream has a token; the steady streams start
+    again until the last of them has ended. With none the steady streams are watched for NOTHING_S."""
     draw = random.Random(seed)
     prompts = [random_prompt(draw, LONG.prompt, vocab) for _ in range(num_long)]
     has_ended = threading.Event()
-    began = time.perf_counter()
+    has_begun = [threading.Event() for _ in range(NUM_STEADY)]
     with ThreadPoolExecutor(NUM_STEADY + max(1, num_long)) as pool:
-        steady = [pool.submit(_steady, endpoint, vocab, random.Random(f"{seed} {i}"), has_ended) for i in range(NUM_STEADY)]
+        steady = [
+            pool.submit(_steady, endpoint, vocab, random.Random(f"{seed} {i}"), e, has_ended) for i, e in enumerate(has_begun)
+        ]
         try:
+            if not all(e.wait(STEADY_WAIT_S) for e in has_begun):
+                raise RuntimeError(f"a steady stream has no token after {STEADY_WAIT_S:g} s")
+            first = time.perf_counter() + FIRST_LONG_S
             waiting = []
             for i, prompt in enumerate(prompts):
-                _sleep_until(began + FIRST_LONG_S + i * every_s)
+                _sleep_until(first + i * every_s)
                 waiting.append(pool.submit(ask, endpoint, prompt, LONG.output))
             long = [w.result() for w in waiting]
             if not prompts:
-                _sleep_until(began + FIRST_LONG_S + NOTHING_S)
+                _sleep_until(first + NOTHING_S)
         finally:
             has_ended.set()
         requests = [times for stream in steady for times in stream.result()]
-    found = [g for times in requests for g in gaps([t for t in times if t >= began + FIRST_LONG_S])]
+    found = [g for times in requests for g in gaps([t for t in times if t >= first])]
     return Interference(tuple(found), tuple(a.ttft_s for a in long))
 
 
-def _steady(endpoint: Endpoint, vocab: int, draw: random.Random, has_ended: threading.Event) -> list[list[float]]:
+def _steady(
+    endpoint: Endpoint, vocab: int, draw: random.Random, has_begun: threading.Event, has_ended: threading.Event
+) -> list[list[float]]:
     """Instants of the tokens of each request, on the clock itself; the last request is left in the middle."""
     requests: list[list[float]] = []
     while not has_ended.is_set():
@@ -121,6 +129,7 @@ def _steady(endpoint: Endpoint, vocab: int, draw: random.Random, has_ended: thre
         with contextlib.closing(endpoint.stream(random_prompt(draw, STEADY.prompt, vocab), STEADY.output)) as stream:
             for piece in stream:
                 times += [time.perf_counter()] * piece.num_tokens
+                has_begun.set()
                 if has_ended.is_set():
                     break
     return requests
