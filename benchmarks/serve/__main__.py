@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seconds", type=float, default=20.0, help="of an idle fleet")
     add("--flag", action="append", default=[], help="for every worker of ours, such as --flag=--dtype=fp32")
     add("--also", action="append", default=[], help="one more of ours with these flags: --also='--weights=int8' (both-cores)")
-    add("--against", type=lambda s: s.split(","), default=["vllm", "openvino"], help="whom; empty: ours alone")
+    add("--against", type=lambda s: s.split(","), default=["vllm", "vllm-split", "openvino"], help="whom; empty: ours alone")
     add(
         "--vllm-dtypes",
         type=lambda s: s.split(","),

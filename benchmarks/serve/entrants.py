@@ -29,7 +29,7 @@ def add_vllm(lineup: Lineup, cpus: Sequence[int], dtype: str, flags: Sequence[st
 
 
 def add_vllm_split(lineup: Lineup, prefill: Sequence[int], decode: Sequence[int], dtype: str) -> None:
-    if not lineup.wants("vllm"):
+    if not lineup.wants("vllm-split"):
         return
     name = f"vLLM split {dtype}, cores {','.join(map(str, prefill))} + {','.join(map(str, decode))}"
     lineup.theirs(VLLM_SPLIT, vllm.why_not(), lambda path: vllm.split(name, path, prefill, decode, dtype), vllm.versions, prefill)

@@ -23,6 +23,7 @@ from splitfire.v1 import inference_pb2 as pb
 from tests.checkpoints import assert_greedy, pico_oracle
 from tests.e2e.fleets import RunningFleet, cpu_s, greedy, start_fleet, until
 
+LASTING = 800  # tokens of an answer: half a second and more
 LONG = 1500  # tokens: 47 blocks, so a prompt passes through its two slots two dozen times
 SLOW_RING = ("--chunk-tokens=64", "--slot-size=256KiB", "--send-slots=2", "--receive-slots=2")
 PEER_DIED_S, ALL_LIVE_S = 20.0, 5.0  # P5: how long something may stay held
@@ -185,7 +186,7 @@ def worker_of(summary: pb.Summary, phase: str) -> str:
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
-    with start_fleet("pico", prefill=3, decode=3, worker=SLOW_RING) as fleet:
+    with start_fleet("pico", prefill=3, decode=3, worker=(*SLOW_RING, "--speculate=off")) as fleet:  # answers have to last
         yield Stage(fleet)
 
 
@@ -214,7 +215,7 @@ def test_kill_prefill_mid_transfer(stage: Stage, share: float) -> None:
 def test_kill_prefill_after_commit(stage: Stage) -> None:
     """F05: decode has everything. Its second token is the first that a client sees of it."""
     pair = stage.pair()
-    asked = Asked(stage.fleet, stage.short(pair, 100))
+    asked = Asked(stage.fleet, stage.short(pair, LASTING))
     asked.until(2)
     stage.fleet.process(pair.prefill).kill()
     stage.ends_well(asked, seconds=PEER_DIED_S)
@@ -251,7 +252,7 @@ def test_kill_decode_mid_receive(stage: Stage, share: float) -> None:
 def test_kill_decode_mid_stream(stage: Stage, tokens: int) -> None:
     """F08, P9."""
     pair = stage.pair()
-    asked = Asked(stage.fleet, stage.short(pair, tokens + 150))
+    asked = Asked(stage.fleet, stage.short(pair, LASTING))
     asked.until(tokens)
     stage.fleet.process(pair.decode).kill()
     stage.ends_well(asked, seconds=PEER_DIED_S)
@@ -288,7 +289,7 @@ def test_sigstop_prefill_zombie_write_rejected(stage: Stage) -> None:
 def test_sigstop_decode_mid_stream_goes_on(stage: Stage) -> None:
     """F15: too short to be given up."""
     pair = stage.pair()
-    asked = Asked(stage.fleet, stage.short(pair, 60))
+    asked = Asked(stage.fleet, stage.short(pair, LASTING))
     asked.until(5)
     frozen(stage.fleet.process(pair.decode), for_s(5.0))
     stage.ends_well(asked, seconds=ALL_LIVE_S)
@@ -304,7 +305,7 @@ def test_zombies_that_were_given_up_change_nothing_and_are_used_again(stage: Sta
     sends = stage.ask_and_wait(first, 0.3)
     zombies = [stage.fleet.process(first.prefill), stage.fleet.process(second.decode)]
     zombies[0].suspend()
-    streams = Asked(stage.fleet, stage.short(second, 400))
+    streams = Asked(stage.fleet, stage.short(second, LASTING))
     streams.until(5)
     zombies[1].suspend()
     try:

@@ -23,7 +23,8 @@ from tests.checkpoints import ROOT, assert_greedy, pico_oracle
 from tests.e2e.fleets import PROMPT, RunningFleet, cpu_s, greedy, refusal_of, start_fleet, until
 
 SPLITFIRE = [sys.executable, "-m", "splitfire.cli"]
-LONG = greedy(count=1500)
+LONG = greedy(count=1900)
+LONG.sampling.temperature = 1.5  # nothing that could be guessed, so it takes its time
 
 
 def first_tokens(call: Iterator[pb.GenerateResponse], count: int) -> list[int]:
@@ -70,7 +71,9 @@ def test_a_killed_client_frees_everything(pico: RunningFleet) -> None:
     script = (
         "import sys; from tests.e2e.fleets import *; import grpc\n"
         "stub = inference_pb2_grpc.InferenceStub(grpc.insecure_channel(sys.argv[1]))\n"
-        "for r in stub.Generate(greedy(count=1500)): print('token', flush=True)\n"
+        "request = greedy(count=1900)\n"
+        "request.sampling.temperature = 1.5\n"
+        "for r in stub.Generate(request): print('token', flush=True)\n"
     )
     client = subprocess.Popen([sys.executable, "-c", script, pico.address], stdout=subprocess.PIPE, cwd=ROOT)
     assert client.stdout is not None
@@ -86,8 +89,9 @@ def test_a_killed_client_frees_everything(pico: RunningFleet) -> None:
 @pytest.mark.parametrize("seconds", [0.05, 0.5])
 def test_an_expired_deadline_ends_the_work(pico: RunningFleet, seconds: float) -> None:
     """F52: with the prompt under way, and with an answer that takes longer than any deadline tried."""
-    many = greedy(count=1900, n=8)
-    many.sampling.temperature = 1.5  # nothing that could be guessed
+    many = pb.GenerateRequest()
+    many.CopyFrom(LONG)
+    many.n = 8
     with pytest.raises(grpc.RpcError) as caught:
         for _ in pico.stub.Generate(many, timeout=seconds):
             pass
