@@ -107,7 +107,7 @@ class Stage:
         """A session of its own, and where it lives."""
         self.wait(2)
         session = f"session-{next(_numbers)}"
-        while True:  # the last frame of decode may overtake the only one of prefill, which then is of a request that is over
+        while True:  # on a busy machine prefill's last frame may be later than an answer's summary waits for it
             summary = self.fleet.generate(greedy([7] * 40, 8, session_id=session))[0].summary
             if {"prefill", "join"} <= {phase.name for phase in summary.phases}:
                 self.last_pair = Pair(session, worker_of(summary, "prefill"), worker_of(summary, "decode"))

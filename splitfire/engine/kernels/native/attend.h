@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t PART = 64;      // tokens
 constexpr int64_t MAX_ROWS = 48;  // rows of queries that share one reading of the context
 constexpr int64_t MAX_HEAD_DIM = 256;
+constexpr int64_t LEAST_BLOCK = 8;  // tokens of a block; it has a multiple of them
 constexpr int64_t TURNED_AT_ONCE = 64;  // elements at most, by attend_few.h
 
 // Twin of compiled.py's _Pool: where the KV of a layer, side and head lies (core/layout.py).
@@ -27,12 +28,13 @@ struct Pool {
 
     uint8_t* elements(int64_t block, int64_t layer, int64_t side, int64_t head, int64_t token) const {
         const int64_t vector = ((layer * 2 + side) * kv_heads + head) * block_size + token;
-        return raw + block * block_bytes + vector * head_dim * FORMATS[format].element_bytes;
+        return raw + block * block_bytes + vector * vector_bytes();
     }
     uint16_t* scales(int64_t block, int64_t layer, int64_t side, int64_t head, int64_t token) const {
         const int64_t vector = ((layer * 2 + side) * kv_heads + head) * block_size + token;
         return reinterpret_cast<uint16_t*>(raw + block * block_bytes + scale_offset) + vector;
     }
+    int64_t vector_bytes() const { return head_dim * FORMATS[format].element_bytes; }
     bool is_quantised() const { return FORMATS[format].has_scales; }
 };
 
@@ -52,24 +54,31 @@ struct Context {
     int64_t layer, head;
     int64_t tokens;  // that have KV after this step
 
-    void find(Side side, int64_t index, Part& part) const {
-        const int64_t begin = index * PART, vector_bytes = pool->head_dim * FORMATS[pool->format].element_bytes;
-        const float factor = pool->format == int64_t(Kv::E4M3) ? E4M3_FACTOR : 1.0f;
-        part.count = std::min(PART, tokens - begin);
-        for (int64_t i = 0; i < part.count;) {
-            const int64_t token = (begin + i) % pool->block_size, here = std::min(part.count - i, pool->block_size - token);
-            const int64_t block = table[(begin + i) / pool->block_size];
-            const uint8_t* vectors = pool->elements(block, layer, side, head, token);
-            const uint16_t* scales = pool->is_quantised() ? pool->scales(block, layer, side, head, token) : nullptr;
-            for (int64_t j = 0; j < here; ++j) part.vectors[i + j] = vectors + j * vector_bytes;
-            if (scales) {
-                for (int64_t j = 0; j < here; j += 8) {  // a block has a multiple of 8
-                    const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + j)));
-                    _mm256_storeu_ps(part.scales + i + j, _mm256_mul_ps(wide, _mm256_set1_ps(factor)));
-                }
-            }
+    int64_t part_size(int64_t part) const { return std::min(PART, tokens - part * PART); }
+
+    // each(token of the part, how many from there lie in one block, that block, the place of the first in it)
+    template <class Each> void each_piece(int64_t part, Each each) const {
+        for (int64_t i = 0, count = part_size(part); i < count;) {
+            const int64_t token = part * PART + i, place = token % pool->block_size, here = std::min(count - i, pool->block_size - place);
+            each(i, here, table[token / pool->block_size], place);
             i += here;
         }
+    }
+
+    void find(Side side, int64_t index, Part& part) const {
+        const int64_t vector_bytes = pool->vector_bytes();
+        const float factor = pool->format == int64_t(Kv::E4M3) ? E4M3_FACTOR : 1.0f;
+        part.count = part_size(index);
+        each_piece(index, [&](int64_t first, int64_t count, int64_t block, int64_t place) {
+            const uint8_t* vectors = pool->elements(block, layer, side, head, place);
+            for (int64_t i = 0; i < count; ++i) part.vectors[first + i] = vectors + i * vector_bytes;
+            if (!pool->is_quantised()) return;
+            const uint16_t* scales = pool->scales(block, layer, side, head, place);
+            for (int64_t i = 0; i < count; i += LEAST_BLOCK) {
+                const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + i)));
+                _mm256_storeu_ps(part.scales + first + i, _mm256_mul_ps(wide, _mm256_set1_ps(factor)));
+            }
+        });
         for (int64_t i = part.count; i < PART; ++i) {  // computed with, and masked
             part.vectors[i] = part.vectors[part.count - 1];
             part.scales[i] = 0.0f;
@@ -84,16 +93,13 @@ public:
     // Begins anew, with the keys and values of a part.
     void begin(const Context& context, int64_t part) {
         const Pool& pool = *context.pool;
-        const int64_t vector_bytes = pool.head_dim * FORMATS[pool.format].element_bytes, count = std::min(PART, context.tokens - part * PART);
         num_runs_ = next_ = offset_ = longest_ = 0;
         for (const Side side : {KEYS, VALUES}) {
-            for (int64_t i = 0; i < count;) {
-                const int64_t token = (part * PART + i) % pool.block_size, here = std::min(count - i, pool.block_size - token);
-                const uint8_t* from = pool.elements(context.table[(part * PART + i) / pool.block_size], context.layer, side, context.head, token);
-                runs_[num_runs_++] = {from, here * vector_bytes};
-                longest_ = std::max(longest_, here * vector_bytes);
-                i += here;
-            }
+            context.each_piece(part, [&](int64_t, int64_t count, int64_t block, int64_t place) {
+                const int64_t bytes = count * pool.vector_bytes();
+                runs_[num_runs_++] = {pool.elements(block, context.layer, side, context.head, place), bytes};
+                longest_ = std::max(longest_, bytes);
+            });
         }
     }
 
@@ -104,14 +110,15 @@ public:
             if (++next_ == num_runs_) next_ = 0, offset_ += 64;
         }
     }
+    void fetch_rest() { fetch(num_runs_ * (longest_ / 64 + 1)); }
 
 private:
-    std::pair<const uint8_t*, int64_t> runs_[2 * (PART / 8 + 1)];
+    std::pair<const uint8_t*, int64_t> runs_[2 * (PART / LEAST_BLOCK + 1)];
     int64_t num_runs_ = 0, longest_ = 0;
     int64_t next_ = 0, offset_ = 0;  // run and byte
 };
 
-// A task: some rows, one head, some parts. Rows are query heads of a group within tokens: token first_token + row / group.
+// A task: some rows, one head, some parts. Rows are query heads of a group within tokens, that at first_position + row / group.
 struct Attention {
     Context context;
     int64_t group;
@@ -129,7 +136,7 @@ struct Attention {
     int64_t position(int64_t row) const { return first_position + row / group; }
     int64_t low(int64_t row) const { return std::max<int64_t>(0, position(row) - window + 1); }
     // How many tokens of a part that begins at `begin` the row sees at most, from the part's first.
-    int64_t seen(int64_t row, int64_t begin) const { return std::clamp<int64_t>(position(row) + 1 - begin, 0, std::min(PART, context.tokens - begin)); }
+    int64_t seen(int64_t row, int64_t begin) const { return std::clamp<int64_t>(position(row) + 1 - begin, 0, context.part_size(begin / PART)); }
     float* partial(int64_t part, int64_t row) const { return partials + ((part - first_part) * rows + row) * partial_stride; }
 
     // Of what is read after `part`.

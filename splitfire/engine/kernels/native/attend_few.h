@@ -180,7 +180,7 @@ template <Kv FORMAT> void attend_few(const Attention& task, Scratch& scratch) {
             weighed[row] = weigh_row(scratch.scores + row * PART, task.low(row) - begin, task.seen(row, begin), keys, scratch.value_part, has_scales);
         }
         mix_few<FORMAT>(task, begin, scratch);
-        scratch.fetcher.fetch(PART * MAX_HEAD_DIM);  // what is left
+        scratch.fetcher.fetch_rest();
         for (int64_t row = 0; row < task.rows; ++row) {
             const auto& [maximum, weight] = weighed[row];
             const float* mixed = scratch.mixed + row * head_dim;

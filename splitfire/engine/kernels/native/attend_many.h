@@ -31,7 +31,7 @@ struct Crowd {
             from[row] = int32_t(std::clamp<int64_t>(task.low(row) - begin, 0, PART)), to[row] = int32_t(task.seen(row, begin));
         }
         for (int v = 0; v < VECTORS; ++v) low[v] = _mm512_load_si512(from + v * LANES), seen[v] = _mm512_load_si512(to + v * LANES);
-        sees_all = from[task.rows - 1] == 0 && to[0] == std::min(PART, task.context.tokens - begin);
+        sees_all = from[task.rows - 1] == 0 && to[0] == task.context.part_size(begin / PART);
     }
 
     __mmask16 sees_before(int v, int64_t token) const { return _mm512_cmplt_epi32_mask(_mm512_set1_epi32(int32_t(token)), seen[v]); }

@@ -120,7 +120,7 @@ void multiply_rows(int64_t rows, int64_t panels, const float* x, int64_t stride,
 template <class Emit>
 INLINE void multiply(const Matrix& matrix, int64_t first, int64_t end, const uint8_t* next, int64_t rows, const float* x, int64_t stride, Emit emit) {
     alignas(64) float out[MAX_TILE * PANEL];
-    const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, at_once = tiles > 1 ? 1 : panels_at_once(rows);
+    const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, at_once = panels_at_once(rows);
     const int64_t panel_bytes = matrix.panel_bytes(), pair_bytes = 2 * PANEL * matrix.element_bytes(), lead = std::min(AHEAD_BYTES, panel_bytes);
     for (int64_t panel = first; panel < end; panel += at_once) {
         const int64_t panels = std::min(at_once, end - panel);

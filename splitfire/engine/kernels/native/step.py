@@ -16,7 +16,7 @@ from splitfire.engine.kernels.native import load_library
 
 VERSION = 1  # of what step.cpp and this file agree on
 PANEL, LANES = 32, 16  # of matmul.h
-MAX_HEAD_DIM = 256  # of attend.h
+MAX_HEAD_DIM, LEAST_BLOCK = 256, 8  # of attend.h
 MAX_GROUP = 48  # query heads of one KV head: MAX_ROWS of attend.h
 WEIGHTS = (torch.bfloat16, torch.float32, torch.int8)  # Weight of matmul.h
 NO_WINDOW = 1 << 62
@@ -142,6 +142,7 @@ def interleave_panels(weight: Tensor, num_parts: int) -> Tensor:
 
 def pool_of(raw: Tensor, layout: KvLayout) -> Pool:
     """The structure of a KV pool's bytes."""
+    assert layout.block_size % LEAST_BLOCK == 0
     return Pool(
         raw.data_ptr(), layout.block_bytes, layout.block_size, layout.num_kv_heads, layout.head_dim, layout.scale_offset,
         _KV_FORMATS[layout.dtype],
