@@ -12,6 +12,7 @@ from splitfire.core.model_dir import ModelDir
 from splitfire.core.model_source import resolve_model
 
 SPLIT, AGGREGATED = "split", "aggregated"
+MAX_QUEUED = "--max-queued-s=600"  # others let a request wait for as long as its client does
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ def fleet(model: str, cores: Cores, flags: Sequence[str]) -> Iterator[Fleet]:
     is_split = bool(cores.prefill)
     plan = FleetPlan(
         model, Path(model).name, int(is_split), 1, cores.prefill, cores.decode, free_port(),
-        router_flags=("--split=always",) if is_split else ("--split=never",), worker_flags=tuple(flags),
+        router_flags=("--split=always" if is_split else "--split=never", MAX_QUEUED), worker_flags=tuple(flags),
     )  # fmt: skip
     started = Fleet(plan, print)
     try:

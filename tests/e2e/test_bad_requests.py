@@ -367,3 +367,16 @@ def test_a_queue_that_is_full_refuses_at_once_with_a_hint(pico: RunningFleet) ->
         running.cancel()
         assert sum(len(r.token_ids) for r in waiting) == 2
         fleet.assert_no_leaks()
+
+
+def test_what_waited_too_long_is_refused(pico: RunningFleet) -> None:
+    """P17: `--max-queued-s`. Who runs meanwhile goes on."""
+    slow = ("--kernels=torch", "--speculate=off")
+    with start_fleet("pico", prefill=0, router=("--max-requests=1", "--max-queued-s=0.2"), worker=slow) as fleet:
+        running = fleet.stub.Generate(greedy(count=500))
+        next(running)
+        refusal = refused(fleet, greedy(count=2))
+        assert (refusal.code, refusal.reason, refusal.is_retryable) == (EXHAUSTED, "queue_full", True)
+        assert "waited 0.2 s for a worker" in refusal.message
+        assert sum(len(r.token_ids) for r in running) == 499
+        fleet.assert_no_leaks()
