@@ -70,7 +70,9 @@ class RouterServer:
         self._text = TextPool(model)
         self._formats = FormatPool(model)
         self._fleet = Fleet(model, self._on_change)
-        admission_limits = AdmissionLimits(settings.max_requests, settings.max_queued, limits.MAX_QUEUED_BYTES, settings.max_queued_s)
+        admission_limits = AdmissionLimits(
+            settings.max_requests, settings.max_queued, limits.MAX_QUEUED_BYTES, settings.max_queued_s
+        )
         self._admission: Admission[Placement] = Admission(admission_limits, time.monotonic)
         self._flow = Flow(self._fleet, self._admission, self.telemetry, settings.split, model.config.vocab_size)
         self._base_limits = ModelLimits(

@@ -11,8 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.opponents.server import BUILD, Command, ServerPlan, installed_versions
-from splitfire.cli.supervisor import free_port
+from benchmarks.opponents.server import BUILD, Command, ServerPlan, installed_versions, quiet_port
 
 PYTHON = BUILD / "openvino-venv" / "bin" / "python"
 KV_GIB = 1
@@ -28,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def server(name: str, checkpoint: Path, cpus: Sequence[int], flags: Sequence[str] = ()) -> ServerPlan:
-    port = free_port()
+    port = quiet_port()
     arguments = (
         str(PYTHON), "-P", str(Path(__file__).with_name("openvino_server.py")), str(exported(checkpoint)), f"--port={port}",
         f"--threads={len(cpus)}", f"--cache-gib={KV_GIB}", *flags,

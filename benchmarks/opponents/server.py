@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ LOGS = BUILD / "logs"
 READY_TIMEOUT_S = 1200.0  # vLLM compiles a new model for minutes, once
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.2
+QUIET_PORTS = (20_000, 30_000)
 NOT_INHERITED = ("OMP_", "KMP_", "GOMP_", "MKL_", "UCX_", "LD_PRELOAD")  # what would quietly tune an opponent
 
 
@@ -108,6 +111,16 @@ class Server:
                 raise ServerFailed(f"{self.plan.name} is not ready after {READY_TIMEOUT_S:g} s: {_last_line(self._logs[0])}")
             waiting = [port for port in waiting if not _is_healthy(port)]
             time.sleep(POLL_S)
+
+
+def quiet_port() -> int:
+    """A port that is free, and none of those that the kernel gives to outgoing connections: some opponents take minutes to bind theirs."""
+    ports = list(range(*QUIET_PORTS))
+    random.shuffle(ports)
+    for port in ports:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise ServerFailed(f"no port of {QUIET_PORTS} is free")
 
 
 def _start(command: Command, log: Path) -> subprocess.Popen[bytes]:

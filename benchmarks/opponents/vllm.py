@@ -11,8 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.opponents.server import BUILD, Command, ServerPlan, installed_versions
-from splitfire.cli.supervisor import free_port
+from benchmarks.opponents.server import BUILD, Command, ServerPlan, installed_versions, quiet_port
 
 PYTHON = BUILD / "vllm-venv" / "bin" / "python"
 TCMALLOC = BUILD / "tcmalloc" / "libtcmalloc_minimal.so.4"  # setup_opponents puts it there
@@ -33,15 +32,15 @@ def versions() -> dict[str, str]:
 
 
 def aggregated(name: str, checkpoint: Path, cpus: Sequence[int], dtype: str, flags: Sequence[str] = ()) -> ServerPlan:
-    port = free_port()
+    port = quiet_port()
     return ServerPlan(name, (_serve(checkpoint, cpus, dtype, port, flags),), (port,), MODEL_NAME)
 
 
 def split(name: str, checkpoint: Path, prefill: Sequence[int], decode: Sequence[int], dtype: str) -> ServerPlan:
     """A prefill and a decode server with NIXL between them; the router beside the prefill server, as ours is."""
-    router, metrics, first, second = (free_port() for _ in range(4))
+    router, metrics, first, second = (quiet_port() for _ in range(4))
     flags = (f"--kv-transfer-config={json.dumps(NIXL)}",)
-    side_channels = [{"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())} for _ in "12"]
+    side_channels = [{"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(quiet_port())} for _ in "12"]
     routing = Command(
         (
             str(PYTHON.with_name("vllm-router")), f"--port={router}", "--host=127.0.0.1", "--vllm-pd-disaggregation",

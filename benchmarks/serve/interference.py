@@ -40,7 +40,7 @@ def interference(args: argparse.Namespace, lineup: Lineup) -> list[Row]:
 
     def measure(num: int, every_s: float) -> dict[str, list[Interference]]:
         def take(contestant: Contestant, turn: int) -> Interference:
-            return steady_and_long(contestant.endpoint, vocab, turn, num, every_s)
+            return steady_and_long(contestant.endpoint, vocab, f"{every_s} {turn}", num, every_s)  # prompts that no cache has seen
 
         return lineup.measure(args.turns, args.warmup, take)
 

@@ -89,7 +89,7 @@ def _ask_all(endpoint: Endpoint, prompts: Sequence[Sequence[int]], output: int, 
         return Batch(answers, time.perf_counter() - began)
 
 
-def steady_and_long(endpoint: Endpoint, vocab: int, seed: int, num_long: int, every_s: float) -> Interference:
+def steady_and_long(endpoint: Endpoint, vocab: int, seed: str, num_long: int, every_s: float) -> Interference:
     """W4: `num_long` prompts, one every `every_s`, the first FIRST_LONG_S after every steady stream has a token; the steady streams start
     again until the last of them has ended. With none the steady streams are watched for NOTHING_S."""
     draw = random.Random(seed)

@@ -120,7 +120,10 @@ class RouterSettings(ServiceSettings):
     max_requests: int = Field(256, ge=1, le=4096, description="requests in flight, all workers together")
     max_queued: int = Field(limits.MAX_QUEUED_REQUESTS, ge=0, le=limits.MAX_QUEUED_REQUESTS, description="requests that may wait")
     max_queued_s: float = Field(
-        limits.QUEUE_TTL_S, gt=0, le=limits.MAX_DEADLINE_S, description="seconds a request may wait for a worker; then it is refused"
+        limits.QUEUE_TTL_S,
+        gt=0,
+        le=limits.MAX_DEADLINE_S,
+        description="seconds a request may wait for a worker; then it is refused",
     )
     reflection: bool | None = Field(None, description="gRPC server reflection; default: on when bound to loopback")
     router_grace_s: float = Field(30.0, ge=0, le=3600, description="seconds open requests get after SIGTERM")

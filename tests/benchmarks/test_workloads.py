@@ -65,7 +65,7 @@ def test_prompts_share_what_they_should_and_no_more() -> None:
 def test_steady_streams_start_again_until_the_last_long_prompt_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workloads, "FIRST_LONG_S", 0.05)
     endpoint = FakeEndpoint(pause_s=0.0005)  # a steady request lasts 0.15 s
-    found = steady_and_long(endpoint, VOCAB, 1, num_long=3, every_s=0.2)
+    found = steady_and_long(endpoint, VOCAB, "1", num_long=3, every_s=0.2)
     long = [p for p in endpoint.prompts if len(p) == LONG.prompt]
     steady = [p for p in endpoint.prompts if len(p) == STEADY.prompt]
     assert len(long) == len(found.long_ttft_s) == 3
@@ -85,4 +85,4 @@ def test_a_long_prompt_that_fails_ends_the_steady_streams_too(monkeypatch: pytes
             return super().stream(prompt, output_tokens)
 
     with pytest.raises(RuntimeError, match="no room"):
-        steady_and_long(Failing(pause_s=0.0005), VOCAB, 1, num_long=1, every_s=0.0)
+        steady_and_long(Failing(pause_s=0.0005), VOCAB, "1", num_long=1, every_s=0.0)
