@@ -87,8 +87,7 @@ class Lineup:
             except ServerFailed as exc:
                 reason = str(exc)
         if reason:
-            print(f"skipped: {reason}")
-            self.skipped.append(Row(f"against {family}", f"skipped: {reason}", "", 0.0, None, family, None, "", None, 0.0))
+            self._skip(family, reason)
             return
         server.pause()
         self.versions |= versions()
@@ -96,12 +95,21 @@ class Lineup:
         self._add(Contestant(server.plan.name, family, endpoint, tuple(client_cpus), server))
 
     def measure(self, turns: int, warmup: int, take: Callable[[Contestant, int], Taken]) -> dict[str, list[Taken]]:
-        """Each contestant's measurements by its name; `take` gets the contestant and the turn's number, for seeds."""
+        """Each contestant's measurements by its name; `take` gets the contestant and the turn's number, for seeds. An opponent that fails
+        takes no further part, and a row says so; when ours fails the comparison ends."""
         taken: dict[str, list[Taken]] = {c.name: [] for c in self.contestants}
         for turn in range(warmup + turns):
-            for contestant in self.contestants:
-                with contestant.turn():
-                    found = take(contestant, turn)
+            for contestant in tuple(self.contestants):
+                try:
+                    with contestant.turn():
+                        found = take(contestant, turn)
+                except Exception as exc:
+                    if contestant.server is None:
+                        raise
+                    self.contestants.remove(contestant)
+                    del taken[contestant.name]
+                    self._skip(contestant.name, f"{type(exc).__name__}: {exc}")
+                    continue
                 if turn >= warmup:
                     taken[contestant.name].append(found)
         return taken
@@ -109,6 +117,10 @@ class Lineup:
     def series(self, taken: Mapping[str, Sequence[Taken]], read: Callable[[Taken], float]) -> list[Series]:
         """One number of each measurement, in the order of the contestants."""
         return [Series(c.name, c.family, tuple(read(t) for t in taken[c.name])) for c in self.contestants if c.name in taken]
+
+    def _skip(self, whom: str, reason: str) -> None:
+        print(f"skipped: {whom}: {reason}")
+        self.skipped.append(Row(f"against {whom}", f"skipped: {reason}", "", 0.0, None, whom, None, "", None, 0.0))
 
     def _add(self, contestant: Contestant) -> None:
         assert contestant.name not in {c.name for c in self.contestants}, contestant.name

@@ -120,11 +120,11 @@ def test_a_product_is_that_of_torch_at_awkward_sizes(dtype: torch.dtype, threads
 def test_a_row_of_a_product_knows_nothing_of_the_others() -> None:
     engine = native.StepEngine(2)
     torch.manual_seed(0)
-    weight, x = torch.randn(200, 192).bfloat16(), torch.randn(150, 192)
+    weight, x = torch.randn(200, 400).bfloat16(), torch.randn(150, 400)
     panels = native.pack_panels(weight)
-    matrix = native.Matrix(panels.data_ptr(), None, None, 200, 192, 0)
+    matrix = native.Matrix(panels.data_ptr(), None, None, 200, 400, 0)
     whole = engine.multiply(matrix, x)
-    for begin, end in ((0, 1), (3, 5), (7, 20), (0, 13), (20, 150)):
+    for begin, end in ((0, 1), (3, 5), (0, 7), (7, 20), (0, 13), (5, 29), (20, 45), (20, 150)):
         assert torch.equal(engine.multiply(matrix, x[begin:end].clone()), whole[begin:end])
 
 

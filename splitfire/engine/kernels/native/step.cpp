@@ -276,7 +276,7 @@ private:
 
     // emit(row, first column, 32 columns of the product), with the bias.
     template <class Emit> void times(const Matrix& matrix, int64_t rows, const float* x, int64_t stride, Emit emit) {
-        const int64_t panels = matrix.num_panels(), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, tasks = num_tasks(panels, panels_at_once(rows));
+        const int64_t panels = matrix.num_panels(), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, tasks = num_tasks(panels, panels_together(rows));
         team_.share(tasks * blocks, [&](int64_t i, int64_t next) {
             const int64_t first = rows * (i / tasks) / blocks, end = rows * (i / tasks + 1) / blocks, task = i % tasks;
             const uint8_t* after = matrix.panel(panels * (next % tasks) / tasks);
@@ -315,7 +315,7 @@ private:
     // inner = silu(x times gate) * (x times up)
     void gate(const Matrix& matrix, int64_t rows, const float* x, int64_t stride) {
         const int64_t width = model_->intermediate, pairs = matrix.num_panels() / 2, blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-        const int64_t tasks = num_tasks(pairs, panels_at_once(rows) / 2);
+        const int64_t tasks = num_tasks(pairs, panels_together(rows) / 2);
         team_.share(tasks * blocks, [&](int64_t i, int64_t next) {
             const int64_t first = rows * (i / tasks) / blocks, end = rows * (i / tasks + 1) / blocks, task = i % tasks;
             const uint8_t* after = matrix.panel(pairs * (next % tasks) / tasks * 2);
