@@ -261,18 +261,19 @@ def table(points: Seq[CostPoint]) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pico", help="pico or a model directory, such as build/checkpoints/smol135")
-    parser.add_argument("--batch", type=int, nargs="+", help="sequences at a time; 1 4 16")
+    parser.add_argument("--batch", type=int, nargs="+", help="sequences at a time; 1 4 16 32")
     parser.add_argument("--similarity", type=float, nargs="+", help="of what is predicted; 1 0.95 0.9 0.75 0.5 0")
     parser.add_argument("--output", type=int, default=256, help="tokens an answer")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--no-widths", action="store_true", help="without the sweep of fixed widths")
     parser.add_argument("--quick", action="store_true", help="to see that it runs")
+    parser.add_argument("--name", default="", help="of the result file, after speculation-MODEL: speculation-MODEL-NAME.json")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("worker", nargs="*", help="further flags of a worker, after --")
     asked = parser.parse_args()
     if asked.quick:
         asked.output, asked.turns = 64, 1
-    batches = asked.batch or ([1] if asked.quick else [1, 4, 16])
+    batches = asked.batch or ([1] if asked.quick else [1, 4, 16, 32])
     similarities = asked.similarity or ([0.9, 0.0] if asked.quick else SIMILARITIES)
     flags = [f"--model={asked.model}", "--speculate=off", "--no-prefix-cache", "--log-level=warning", *asked.worker]
     loaded = load_model(
@@ -284,8 +285,8 @@ def main() -> None:
     for case in cases(bench, tokenizer, batches, similarities):
         rows += measure(bench, case, asked.turns, () if asked.no_widths else FIXED_WIDTHS)
     rows += latencies(tokenizer, 2000 if asked.quick else 20_000)
-    name = Path(asked.model).name
-    write(f"speculation-{name}", rows, directory=QUICK_RESULTS if asked.quick else RESULTS)
+    name = "-".join(filter(None, ["speculation", Path(asked.model).name, asked.name]))
+    write(name, rows, directory=QUICK_RESULTS if asked.quick else RESULTS)
 
 
 if __name__ == "__main__":
