@@ -47,18 +47,20 @@ bench-transfer:  ## the hand-off between two processes; against NIXL where bench
 bench-scheduler: ## what a step costs beside the model
 	.venv/bin/python -m benchmarks.scheduler
 
-# Every bound of the engine, two to three hours; QUICK=--quick only shows that it all runs (ten minutes, nothing is kept).
+# Every bound of the engine, about two hours with two turns of each comparison; QUICK=--quick only shows that it all runs (a quarter of an
+# hour, nothing is kept).
+TURNS ?= 2
 bench-engine: checkpoint  ## the engine beside its floors, and beside vLLM and OpenVINO GenAI; installs them (5 GB)
 	benchmarks/setup_opponents vllm openvino
 	.venv/bin/python -m benchmarks.engine $(QUICK)
 	.venv/bin/python -m benchmarks.scheduler $(QUICK)
-	.venv/bin/python -m benchmarks.serve both-cores $(QUICK)
-	.venv/bin/python -m benchmarks.serve one-core-each $(QUICK)
-	.venv/bin/python -m benchmarks.serve interference $(QUICK)
-	.venv/bin/python -m benchmarks.serve prefix $(QUICK)
+	.venv/bin/python -m benchmarks.serve both-cores --turns=$(TURNS) $(QUICK)
+	.venv/bin/python -m benchmarks.serve one-core-each --turns=$(TURNS) $(QUICK)
+	.venv/bin/python -m benchmarks.serve interference --turns=1 --warmup=0 $(QUICK)
+	.venv/bin/python -m benchmarks.serve prefix --turns=$(TURNS) $(QUICK)
 	.venv/bin/python -m benchmarks.serve memory $(QUICK)
-	.venv/bin/python -m benchmarks.speculation $(QUICK)
-	.venv/bin/python -m benchmarks.speculation --model build/checkpoints/smol135 $(QUICK)
+	.venv/bin/python -m benchmarks.speculation --no-widths $(QUICK)
+	.venv/bin/python -m benchmarks.speculation --model build/checkpoints/smol135 --no-widths --turns=3 --output=128 $(QUICK)
 
 checkpoint:      ## random weights in the shape of SmolLM2-135M, under build/
 	.venv/bin/python -m benchmarks.make_checkpoint smol135
