@@ -52,7 +52,8 @@ constexpr int64_t PANELS_IN_TURN = 4, INPUTS_IN_TURN = 192;
 constexpr bool is_in_turn(int64_t rows) { return panels_at_once(rows) == 1 && rows <= SOME_ROWS; }
 constexpr int64_t panels_together(int64_t rows) { return is_in_turn(rows) ? PANELS_IN_TURN : panels_at_once(rows); }
 
-// Some inputs times 32 columns of each of PANELS panels, added to what `out` has if it `goes_on`, two inputs at a time: their weights of a column lie side by side in BF16, one after the other else.
+// Some inputs times 32 columns of each of PANELS panels, added to what `out` has if it `goes_on`, two inputs at a time: their weights of a
+// column lie side by side in BF16, one after the other else.
 // out: [PANELS][ROWS][PANEL]
 template <Weight FORMAT, int ROWS, int PANELS>
 INLINE void multiply_tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* out, bool goes_on, Ahead ahead) {
@@ -148,7 +149,7 @@ INLINE void multiply(const Matrix& matrix, int64_t first, int64_t end, const uin
     alignas(64) float sums[PANELS_IN_TURN * SOME_ROWS * PANEL];  // [panel][row][PANEL]
     const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, sets = rows <= SOME_ROWS ? 1 : tiles;  // of rows whose sums are kept together
     const int64_t at_once = panels_at_once(rows), in_turn = is_in_turn(rows) ? INPUTS_IN_TURN : matrix.inputs;
-    const int64_t panel_bytes = matrix.panel_bytes(), pair_bytes = 2 * PANEL * matrix.element_bytes();
+    const int64_t pair_bytes = 2 * PANEL * matrix.element_bytes();
     const auto at = [&](int64_t panel, int64_t input) { return matrix.panel(panel) + input / 2 * pair_bytes; };
     for (int64_t panel = first, panels; panel < end; panel += panels) {
         panels = std::min(panels_together(rows), end - panel);
