@@ -62,8 +62,8 @@ class MetricsPort:
         threading.Thread(target=self._serve, name="metrics", daemon=True).start()
 
     def close(self) -> None:
-        self._server.is_closed = True
         self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._server.is_closed = True  # after that, for then the thread closes the socket
 
     def _serve(self) -> None:
         while not self._server.is_closed:

@@ -7,7 +7,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.server import HTTPServer
 
 import pytest
 from prometheus_client.metrics_core import Metric
@@ -82,6 +83,25 @@ def test_who_says_nothing_is_hung_up_on_and_the_next_is_served(monkeypatch: pyte
 def test_a_port_that_is_taken_is_an_error_in_one_line() -> None:
     with port() as at, pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{at}"):
         MetricsPort("127.0.0.1", at, rows, lambda call: call())
+
+
+class SeenAtOnce:
+    """`is_closed` of a server whose thread comes out of a connection just when it is set."""
+
+    def __get__(self, server: HTTPServer, _: object) -> bool:
+        return bool(server.__dict__.get("is_closed", False))
+
+    def __set__(self, server: HTTPServer, value: bool) -> None:
+        server.__dict__["is_closed"] = value
+        with suppress(OSError):
+            socket.create_connection(server.socket.getsockname()).close()
+        time.sleep(0.1)
+
+
+def test_a_port_may_be_closed_while_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics._Server, "is_closed", SeenAtOnce())
+    with port() as at:
+        assert scrape(at)[0] == 200
 
 
 def test_a_closed_port_does_not_listen() -> None:
