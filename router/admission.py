@@ -22,7 +22,7 @@ class AdmissionLimits:
     max_running: int
     max_queued: int
     max_queued_bytes: int
-    ttl_s: float
+    max_queued_s: float
 
 
 @dataclass(eq=False, slots=True)
@@ -85,9 +85,9 @@ class Admission(Generic[Room]):
     def pump(self) -> None:
         """Starts what can start, highest class first and oldest first within it; drops what has waited too long."""
         now = self._clock()
-        for ticket in [t for t in self._queue if now - t.arrived > self.limits.ttl_s]:
+        for ticket in [t for t in self._queue if now - t.arrived > self.limits.max_queued_s]:
             self.withdraw(ticket)
-            ticket.expire(Exhausted(f"waited {self.limits.ttl_s:g} s for a worker", reason="queue_full", retry_after_s=5.0))
+            ticket.expire(Exhausted(f"waited {self.limits.max_queued_s:g} s for a worker", reason="queue_full", retry_after_s=5.0))
         while self._queue and self.num_running < self.limits.max_running:
             ticket = self._queue[0]
             room = ticket.find_room()

@@ -120,7 +120,7 @@ class RouterSettings(ServiceSettings):
     max_requests: int = Field(256, ge=1, le=4096, description="requests in flight, all workers together")
     max_queued: int = Field(limits.MAX_QUEUED_REQUESTS, ge=0, le=limits.MAX_QUEUED_REQUESTS, description="requests that may wait")
     max_queued_s: float = Field(
-        limits.QUEUE_TTL_S,
+        limits.MAX_QUEUED_S,
         gt=0,
         le=limits.MAX_DEADLINE_S,
         description="seconds a request may wait for a worker; then it is refused",

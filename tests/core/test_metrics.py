@@ -95,7 +95,9 @@ class SeenAtOnce:
         server.__dict__["is_closed"] = value
         with suppress(OSError):
             socket.create_connection(server.socket.getsockname()).close()
-        time.sleep(0.1)
+        deadline = time.monotonic() + 5
+        while server.socket.fileno() >= 0 and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 def test_a_port_may_be_closed_while_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_limits_that_depend_on_one_another_fit() -> None:
     """B108: relations between the constants of limits.py."""
     assert limits.KEEPALIVE_TIMEOUT_S < limits.KEEPALIVE_TIME_S
     assert 2 * limits.REPORT_EVERY_S < limits.SUSPECT_AFTER_S < limits.DEAD_AFTER_S
-    assert limits.QUEUE_TTL_S <= limits.DEFAULT_DEADLINE_S <= limits.MAX_DEADLINE_S
+    assert limits.MAX_QUEUED_S <= limits.DEFAULT_DEADLINE_S <= limits.MAX_DEADLINE_S
     assert limits.OFFER_PARKED_S < limits.GRANT_WAIT_S < limits.HOLD_S
     assert worker("--role=prefill").grace_s > limits.HOLD_S
     assert 4 * limits.MAX_POSITIONS <= limits.MAX_QUEUED_BYTES

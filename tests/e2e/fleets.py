@@ -127,6 +127,10 @@ def greedy(prompt: Sequence[int] = PROMPT, count: int = 16, **fields: Any) -> pb
     )
 
 
+LONG = greedy(count=1900)
+LONG.sampling.temperature = 1.5  # nothing that could be guessed, so it takes its time
+
+
 @dataclass(frozen=True)
 class Refusal:
     """What a client can see of an error."""

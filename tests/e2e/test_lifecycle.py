@@ -20,11 +20,9 @@ import pytest
 
 from splitfire.v1 import inference_pb2 as pb
 from tests.checkpoints import ROOT, assert_greedy, pico_oracle
-from tests.e2e.fleets import PROMPT, RunningFleet, cpu_s, greedy, refusal_of, start_fleet, until
+from tests.e2e.fleets import LONG, PROMPT, RunningFleet, cpu_s, greedy, refusal_of, start_fleet, until
 
 SPLITFIRE = [sys.executable, "-m", "splitfire.cli"]
-LONG = greedy(count=1900)
-LONG.sampling.temperature = 1.5  # nothing that could be guessed, so it takes its time
 
 
 def first_tokens(call: Iterator[pb.GenerateResponse], count: int) -> list[int]:
@@ -71,9 +69,7 @@ def test_a_killed_client_frees_everything(pico: RunningFleet) -> None:
     script = (
         "import sys; from tests.e2e.fleets import *; import grpc\n"
         "stub = inference_pb2_grpc.InferenceStub(grpc.insecure_channel(sys.argv[1]))\n"
-        "request = greedy(count=1900)\n"
-        "request.sampling.temperature = 1.5\n"
-        "for r in stub.Generate(request): print('token', flush=True)\n"
+        "for r in stub.Generate(LONG): print('token', flush=True)\n"
     )
     client = subprocess.Popen([sys.executable, "-c", script, pico.address], stdout=subprocess.PIPE, cwd=ROOT)
     assert client.stdout is not None
@@ -144,15 +140,8 @@ def _restarted(fleet: RunningFleet, name: str, before: str) -> bool:
     return any(w.worker_id == name and w.incarnation != before for w in fleet.status().workers)
 
 
-def _until_busy(fleet: RunningFleet) -> list[pb.WorkerStatus]:
-    busy: list[pb.WorkerStatus] = []
-
-    def look() -> bool:
-        busy[:] = [w for w in fleet.status().workers if w.role == pb.ROLE_DECODE]
-        return any(w.running_sequences for w in busy)
-
-    until(look, 5)
-    return busy
+def _busy(fleet: RunningFleet) -> list[str]:
+    return [w.worker_id for w in fleet.status().workers if w.role == pb.ROLE_DECODE and w.running_sequences]
 
 
 def test_the_last_decode_worker_dying_says_what_was_streamed() -> None:
@@ -177,13 +166,15 @@ def test_sigterm_drains_a_worker() -> None:
     """F16: what is accepted is finished, nothing new is taken, exit 0."""
     with start_fleet("pico", prefill=1, decode=2, worker=("--speculate=off",)) as fleet:
         expected = fleet.ids(count=1500)
+        until(lambda: not _busy(fleet))
         call = fleet.stub.Generate(greedy(count=1500))
         ids = first_tokens(call, 3)
-        [busy] = [w for w in _until_busy(fleet) if w.running_sequences]
-        [child] = [c for c in fleet.fleet.children if c.name == busy.worker_id]
+        until(lambda: _busy(fleet))
+        [busy] = _busy(fleet)
+        [child] = [c for c in fleet.fleet.children if c.name == busy]
         assert child.process is not None
         child.process.terminate()
-        until(lambda: all(w.is_draining for w in fleet.status().workers if w.worker_id == busy.worker_id), 3)
+        until(lambda: all(w.is_draining for w in fleet.status().workers if w.worker_id == busy), 3)
         other = fleet.ids([9] * 40, 4)  # goes to the other one
         assert len(other) == 4
         ids += [t for response in call for t in response.token_ids]

@@ -127,12 +127,12 @@ def test_what_is_missing_is_said(split: str, fleet: list[WorkerView], reason: st
 class Desk:
     """An admission whose room is a number."""
 
-    def __init__(self, room: int, max_queued: int = 3, ttl_s: float = 60.0) -> None:
+    def __init__(self, room: int, max_queued: int = 3, max_queued_s: float = 60.0) -> None:
         self.now = 0.0
         self.room = room
         self.started: list[str] = []
         self.expired: list[str] = []
-        self.admission: Admission[int] = Admission(AdmissionLimits(100, max_queued, 1000, ttl_s), lambda: self.now)
+        self.admission: Admission[int] = Admission(AdmissionLimits(100, max_queued, 1000, max_queued_s), lambda: self.now)
 
     def ask(self, name: str, priority: int = 2, num_bytes: int = 10) -> Ticket[int]:
         def start(room: int) -> int:
@@ -189,7 +189,7 @@ def test_the_queue_is_bounded_in_bytes_too() -> None:
 
 
 def test_who_waited_too_long_is_told() -> None:
-    desk = Desk(room=0, ttl_s=5.0)
+    desk = Desk(room=0, max_queued_s=5.0)
     desk.ask("a")
     desk.now = 5.1
     desk.admission.pump()
