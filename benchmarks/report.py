@@ -57,8 +57,10 @@ def machine() -> str:
 
 
 def commit() -> str:
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return described.stdout.strip() or "unknown"
+    """`-dirty` when files differ from it; results, which a run of several benchmarks writes one by one, apart."""
+    described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS}"], capture_output=True, check=False)
+    return f"{described or 'unknown'}{'-dirty' if changed.returncode else ''}"
 
 
 def write(

@@ -1,6 +1,8 @@
 """Somebody else's server as processes of this machine: started, asked until it is ready, stopped while others are measured, ended.
 
-Whatever an idle server does with its core (an idle NIXL agent uses most of one), it does not do while it is stopped (SIGSTOP).
+Whatever an idle server does with its core (an idle NIXL agent uses most of one), it does not do while it is stopped (SIGSTOP). Before
+that it has a moment to finish what its clients have cancelled: stopped in the middle of a step, it may find on waking that a deadline
+of its own has passed.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ BUILD = ROOT / "build"
 LOGS = BUILD / "logs"
 READY_TIMEOUT_S = 1200.0  # vLLM compiles a new model for minutes, once
 STOP_TIMEOUT_S = 20.0
+SETTLE_S = 3.0
 POLL_S = 0.2
 QUIET_PORTS = (20_000, 30_000)
 NOT_INHERITED = ("OMP_", "KMP_", "GOMP_", "MKL_", "UCX_", "LD_PRELOAD")  # what would quietly tune an opponent
@@ -79,6 +82,7 @@ class Server:
         self.stop()
 
     def pause(self) -> None:
+        time.sleep(SETTLE_S)
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:

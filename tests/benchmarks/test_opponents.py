@@ -53,7 +53,8 @@ def wait_until_all(everybody: list[psutil.Process], is_stopped: bool) -> None:
         time.sleep(0.01)
 
 
-def test_a_server_stands_still_while_others_are_measured_and_leaves_nothing_behind() -> None:
+def test_a_server_stands_still_while_others_are_measured_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "SETTLE_S", 0.01)
     port = free_port()
     with Server(plan(HEALTHY, port)) as running:
         everybody = processes_of(port)
