@@ -47,7 +47,7 @@ bench-transfer:  ## the hand-off between two processes; against NIXL where bench
 bench-scheduler: ## what a step costs beside the model
 	.venv/bin/python -m benchmarks.scheduler
 
-# Every bound of the engine, two hours with three turns of each comparison; QUICK=--quick only shows that it all runs, nothing is kept.
+# Every bound of the engine; 100 minutes with TURNS=2; QUICK=--quick only shows that it all runs, nothing is kept.
 TURNS ?= 3
 bench-engine: checkpoint  ## the engine beside its floors, and beside vLLM and OpenVINO GenAI; installs them (5 GB)
 	benchmarks/setup_opponents vllm openvino
