@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import socket
 import sys
@@ -89,8 +90,10 @@ def serve_once(*events: str, status: str = "200 OK") -> int:
     def answer() -> None:
         connection, _ = listener.accept()
         with listener, connection:
-            head = connection.recv(1 << 16)
-            assert head.startswith(b"POST /v1/completions")
+            request = connection.makefile("rb")
+            assert request.readline().startswith(b"POST /v1/completions")
+            headers = http.client.parse_headers(request)
+            request.read(int(headers["Content-Length"]))  # what is left unread resets the connection when it is closed
             body = "".join(f"data: {event}\n\n" for event in events)
             connection.sendall(f"HTTP/1.1 {status}\r\nConnection: close\r\n\r\n{body}".encode())
 
