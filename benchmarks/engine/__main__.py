@@ -1,8 +1,9 @@
 """`python -m benchmarks.engine [flags of a worker]`: steps of the engine alone beside their floors. Ten minutes.
 
 Decode at context 300 with 1, 4 and 16 streams and at 4096 with 1, 8 and 16; prompts of 512 and 2048 tokens. Each variant is an
-engine of its own with everything else equal, and they take turns. Bandwidth and peak are measured before and after, with
-the same threads, and the better counts. Flags that this does not know go to every variant: --weights=int8, --kv-dtype=fp32, ...
+engine of its own with everything else equal, and they take turns. Bandwidth and peak are measured with the same threads between
+the turns, and count as the steps do: by the median of the case's turns. Flags that this does not know go to every variant:
+--weights=int8, --kv-dtype=fp32, ...
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.engine.loaded import SPARE_TOKENS, LoadedEngine, Variant
-from benchmarks.engine.machine import READ_BYTES, Machine, measure
-from benchmarks.engine.rows import Measured, rows_of
+from benchmarks.engine.machine import READ_BYTES, Machine, Meter
+from benchmarks.engine.rows import Case, Measured, rows_of
 from benchmarks.report import QUICK_RESULTS, RESULTS, Row, write
 from splitfire.core.telemetry import configure_logging
 
@@ -51,8 +52,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, more
 
 
-def take_turns(engines: Sequence[LoadedEngine], contexts: Sequence[int], turns: int, max_steps: int) -> dict[str, Measured]:
-    """Every variant's medians of each turn, by its name."""
+def take_turns(
+    engines: Sequence[LoadedEngine], meter: Meter, contexts: Sequence[int], turns: int, max_steps: int
+) -> tuple[dict[str, Measured], dict[Case, Machine]]:
+    """Every variant's medians of each turn, by its name; and what the machine could do meanwhile."""
+    machines: dict[Case, list[Machine]] = {}
     taken = {e.variant.name: Measured(e.settings, e.loaded.model.config, e.loaded.layout, {}, {}) for e in engines}
     for context, streams in (d for d in DECODES if d[0] in contexts):
         for turn in range(1 + turns):  # the first warms up, and says how many steps a turn may have
@@ -62,13 +66,17 @@ def take_turns(engines: Sequence[LoadedEngine], contexts: Sequence[int], turns: 
                 wanted = int(STEPS_S / known[-1]) if known else MIN_STEPS
                 times = sorted(engine.decode(streams, context, min(max_steps, max(MIN_STEPS, wanted))))
                 taken[name].decodes[context, streams] = [*(known if turn > 1 else []), times[len(times) // 2]]
+            if turn:
+                machines.setdefault((context, streams), []).append(meter.measure())
     for num_tokens in (n for n in PREFILLS if n <= max(contexts) * 2):
         for turn in range(1 + turns):
             for engine in engines:
                 seconds = engine.prefill(num_tokens, turn)
                 if turn:
                     taken[engine.variant.name].prefills.setdefault(num_tokens, []).append(seconds)
-    return taken
+            if turn:
+                machines.setdefault(num_tokens, []).append(meter.measure())
+    return taken, {case: Machine.median(measured) for case, measured in machines.items()}
 
 
 def main(argv: list[str]) -> int:
@@ -82,11 +90,9 @@ def main(argv: list[str]) -> int:
             skipped.append(Row(variant.name, f"skipped: no {missing}", "", 0.0, None, "", None, "", None, 0.0))
         else:
             engines.append(LoadedEngine(variant, args.model, args.cpus, num_tokens))
-    read_bytes = READ_BYTES // (8 if args.quick else 1)
-    machine: Machine = measure(len(args.cpus), read_bytes)
-    taken = take_turns(engines, args.contexts, args.turns, MIN_STEPS if args.quick else MAX_STEPS)
-    machine = machine.faster(measure(len(args.cpus), read_bytes))
-    rows = [*rows_of(taken, machine, BF16.name), *skipped]
+    meter = Meter(len(args.cpus), READ_BYTES // (8 if args.quick else 1))
+    taken, machines = take_turns(engines, meter, args.contexts, args.turns, MIN_STEPS if args.quick else MAX_STEPS)
+    rows = [*rows_of(taken, machines, BF16.name), *skipped]
     model = args.model.rstrip("/").split("/")[-1]
     name, command = "-".join(filter(None, ("engine", model, args.name))), " ".join(["python -m benchmarks.engine", *argv])
     write(name, rows, command, directory=QUICK_RESULTS if args.quick else RESULTS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,29 +26,36 @@ class Machine:
     def ops_per_s(self, is_int8: bool) -> float:
         return max(self.int8_ops_per_s, self.float_ops_per_s) if is_int8 else self.float_ops_per_s
 
-    def faster(self, other: Machine) -> Machine:
-        """The best of two measurements."""
+    @staticmethod
+    def median(of: Sequence[Machine]) -> Machine:
+        """Of several measurements."""
         return Machine(
-            max(self.read_bytes_per_s, other.read_bytes_per_s),
-            max(self.float_ops_per_s, other.float_ops_per_s),
-            max(self.int8_ops_per_s, other.int8_ops_per_s),
+            statistics.median(m.read_bytes_per_s for m in of),
+            statistics.median(m.float_ops_per_s for m in of),
+            statistics.median(m.int8_ops_per_s for m in of),
         )
 
 
-def measure(num_threads: int, read_bytes: int = READ_BYTES) -> Machine:
-    """About five seconds. Sums over memory in huge pages, as the pool's and the weights' is; products of square matrices."""
-    torch.set_num_threads(num_threads)
-    memory = mmap.mmap(-1, read_bytes)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    numbers = torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
-    rows, vector = numbers.view(-1, 4096), torch.ones(4096)
-    seconds = min(_best(numbers.sum), _best(lambda: rows @ vector))
-    small = torch.randn(PRODUCT, PRODUCT)
-    half = small.bfloat16()
-    floats = min(_best(lambda: small @ small), _best(lambda: half @ half))
-    whole = torch.randint(-100, 100, (PRODUCT, PRODUCT), dtype=torch.int8)
-    num_ops = 2 * PRODUCT**3
-    return Machine(read_bytes / seconds, num_ops / floats, num_ops / _best(lambda: torch._int_mm(whole, whole)))
+class Meter:
+    """Measures it again and again: what a shared machine gives changes within minutes."""
+
+    def __init__(self, num_threads: int, read_bytes: int = READ_BYTES) -> None:
+        self._num_threads = num_threads
+        memory = mmap.mmap(-1, read_bytes)
+        memory.madvise(mmap.MADV_HUGEPAGE)  # as the pool's and the weights' is
+        self._numbers = torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
+
+    def measure(self) -> Machine:
+        """About a second: sums over memory, products of square matrices."""
+        torch.set_num_threads(self._num_threads)
+        rows, vector = self._numbers.view(-1, 4096), torch.ones(4096)
+        seconds = min(_best(self._numbers.sum), _best(lambda: rows @ vector))
+        small = torch.randn(PRODUCT, PRODUCT)
+        half = small.bfloat16()
+        floats = min(_best(lambda: small @ small), _best(lambda: half @ half))
+        whole = torch.randint(-100, 100, (PRODUCT, PRODUCT), dtype=torch.int8)
+        num_ops = 2 * PRODUCT**3
+        return Machine(self._numbers.nbytes / seconds, num_ops / floats, num_ops / _best(lambda: torch._int_mm(whole, whole)))
 
 
 def _best(work: Callable[[], object]) -> float:

@@ -20,6 +20,9 @@ KV_INT8 = "bf16, KV int8"
 MIN_TOKENS = 1.9  # times the tokens that an int8 pool has to hold
 
 
+Case = tuple[int, int] | int  # context and streams of decode steps, or a prompt's tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One variant: medians of its turns in seconds, decode steps by context and streams, prompts by tokens."""
@@ -45,7 +48,9 @@ class Measured:
         return prefill(self.config, self.layout, self.num_weight_bytes, num_tokens, self.is_int8)
 
 
-def rows_of(taken: Mapping[str, Measured], machine: Machine, baseline: str) -> list[Row]:
+def rows_of(taken: Mapping[str, Measured], machines: Mapping[Case, Machine], baseline: str) -> list[Row]:
+    """`machines`: what the machine could do while a case was measured."""
+    machine = Machine.median(list(machines.values()))
     rows = [
         _fact("this machine", "memory read", "GB/s", machine.read_bytes_per_s / 1e9),
         _fact("this machine", "products of fp32 or bf16", "GFLOP/s", machine.float_ops_per_s / 1e9),
@@ -54,7 +59,7 @@ def rows_of(taken: Mapping[str, Measured], machine: Machine, baseline: str) -> l
     for name, measured in taken.items():
         for (context, streams), times in measured.decodes.items():
             case = f"{name}: decode, {streams} streams at {context}"
-            work = measured.decode_work(context, streams)
+            work, machine = measured.decode_work(context, streams), machines[context, streams]
             bound = AT_MOST.get((context, streams)) if name == baseline else None
             rows.append(_beside_floor(case, "one step", times, work, machine, bound))
             used = [work.num_bytes / t / machine.read_bytes_per_s * 100 for t in times]
@@ -62,8 +67,8 @@ def rows_of(taken: Mapping[str, Measured], machine: Machine, baseline: str) -> l
             if name != baseline and baseline in taken:
                 rows.append(_beside_baseline(case, name, (context, streams), times, taken[baseline], baseline))
         for num_tokens, times in measured.prefills.items():
-            work = measured.prefill_work(num_tokens)
-            rows.append(_beside_floor(f"{name}: prefill, {num_tokens} tokens", "first token", times, work, machine, None))
+            case, work = f"{name}: prefill, {num_tokens} tokens", measured.prefill_work(num_tokens)
+            rows.append(_beside_floor(case, "first token", times, work, machines[num_tokens], None))
     if baseline in taken and KV_INT8 in taken:
         ours, theirs = taken[KV_INT8].layout.token_bytes, taken[baseline].layout.token_bytes
         words, met = f"at least {MIN_TOKENS}x the tokens", theirs / ours >= MIN_TOKENS

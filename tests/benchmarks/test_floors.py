@@ -53,6 +53,10 @@ def test_int8_weights_are_held_against_int8_products() -> None:
     assert work.floor_s(machine) == pytest.approx(work.num_ops / 400)
 
 
+def test_a_machine_counts_by_the_median_of_each_of_its_measures() -> None:
+    assert Machine.median([Machine(4, 7, 1), Machine(2, 9, 3), Machine(40, 8, 2)]) == Machine(4, 8, 2)
+
+
 def test_variants_are_engines_that_decode_and_prefill() -> None:
     """In process, as a worker loads them; and rows come out of it."""
     taken = {}
@@ -65,7 +69,8 @@ def test_variants_are_engines_that_decode_and_prefill() -> None:
         )
         engine.engine.blocks.check()
         assert engine.engine.load().running == 0
-    rows = rows_of(taken, Machine(1e9, 1e12, 1e12), "bf16")
+    machine = Machine(1e9, 1e12, 1e12)
+    rows = rows_of(taken, {(300, 1): machine, 64: machine}, "bf16")
     assert [r.target for r in rows if r.target] == ["at most 1.25x its floor", "at least 1.9x the tokens"]
     assert {r.case for r in rows} >= {"bf16: decode, 1 streams at 300", "bf16, KV int8: prefill, 64 tokens"}
 
