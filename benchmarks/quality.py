@@ -34,7 +34,7 @@ from splitfire.engine.models.bodies import build
 from splitfire.engine.models.compiled import CompiledTransformer
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import Transformer
-from splitfire.engine.pool import KvPool
+from splitfire.engine.pool import TORCH_DTYPES, KvPool
 from splitfire.engine.tensors import weight_bytes
 
 PICO = Path(__file__).resolve().parent.parent / "models" / "pico"
@@ -65,12 +65,12 @@ def held_out_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [[end, *ids[start : start + length]] for start in starts]
 
 
-def load_pico(is_int8: bool = False) -> Model:
+def load_pico(dtype: str = "fp32", is_int8: bool = False) -> Model:
     """In the body that workers would run here."""
     model = ModelDir(PICO)
-    weights = load_weights(model, LoadOptions(torch.float32, CPU, is_int8=is_int8))
+    weights = load_weights(model, LoadOptions(TORCH_DTYPES[dtype], CPU, is_int8=is_int8))
     config = model.config
-    return build(config, weights, rope_table(config.rope, config.head_dim, config.max_positions, CPU), may_compile=True)
+    return build(config, weights, rope_table(config.rope, config.head_dim, config.max_positions, CPU), dtype, may_compile=True)
 
 
 BLOCK_TABLES = np.arange(NUM_PROMPTS * BLOCKS_EACH, dtype=np.int32).reshape(NUM_PROMPTS, BLOCKS_EACH)
@@ -112,10 +112,10 @@ def go_on(model: Model, pool: KvPool, first_logits: Tensor, forced: Tensor | Non
     return Continuation(torch.stack(tokens, 1), torch.stack(scores, 1))
 
 
-def prefill(model: Model) -> tuple[KvPool, Tensor]:
-    """Every prompt, in an fp32 pool, and the logits after each."""
+def prefill(model: Model, kv_dtype: str = "fp32") -> tuple[KvPool, Tensor]:
+    """Every prompt, in a pool of its own, and the logits after each."""
     config = model.config
-    layout = KvLayout("fp32", config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE)
+    layout = KvLayout(kv_dtype, config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE)
     prompts = held_out_prompts(Tokenizer.from_file(str(PICO / "tokenizer.json")))
     pool = KvPool(layout, NUM_PROMPTS * BLOCKS_EACH, CPU)
     return pool, torch.cat([forward(model, pool, [i], torch.tensor([ids]), 0) for i, ids in enumerate(prompts)])
@@ -135,7 +135,14 @@ def pico_rows() -> list[Row]:
         case = f"pico, KV {dtype}"
         rows += agreement_rows(case, best, greedy, scored, 1)  # the first token is prefill's own
         rows.append(bytes_row(case, "bytes a token", pool.layout.token_bytes, layout.token_bytes, "fp32"))
-    return rows + int8_weight_rows(best)
+    return rows + bf16_rows(best) + int8_weight_rows(best)
+
+
+def bf16_rows(best: Continuation) -> list[Row]:
+    """All of it in bf16, as `--dtype auto` has it: weights, pool, and where the processor multiplies bf16 the activations too."""
+    model = load_pico("bf16")
+    pool, first = prefill(model, "bf16")
+    return agreement_rows("pico, --dtype bf16", best, go_on(model, pool, first), go_on(model, pool, first, best.tokens), 0)
 
 
 def int8_weight_rows(best: Continuation) -> list[Row]:

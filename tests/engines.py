@@ -47,10 +47,12 @@ needs_compiled = pytest.mark.skipif(
 )
 
 
-def load_compiled(path: Path, dtype: str = "fp32", *, num_threads: int = 2, is_int8: bool = False) -> CompiledTransformer:
+def load_compiled(
+    path: Path, dtype: str = "fp32", *, num_threads: int = 2, is_int8: bool = False, rounds: bool = False
+) -> CompiledTransformer:
     """The same model as one compiled call a step; it takes the weights over, so it loads them anew."""
     model = load_model(path, dtype, is_int8=is_int8)
-    return CompiledTransformer(model.config, model.weights, model.rope, num_threads)
+    return CompiledTransformer(model.config, model.weights, model.rope, num_threads, rounds=rounds)
 
 
 def make_engine(

@@ -94,7 +94,7 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     kernels = "compiled" if is_fast else "torch"
     log.info("weights loaded", format=fingerprint.weight_format, dtype=held, bytes=num_weight_bytes, kernels=kernels)
     rope = rope_table(config.rope, config.head_dim, max_context, device)
-    runner = Runner(build(config, weights, rope, may_compile=may_compile), KvPool(layout, num_blocks, device))
+    runner = Runner(build(config, weights, rope, dtype, may_compile=may_compile), KvPool(layout, num_blocks, device))
     blocks = BlockPool(num_blocks, caches_prefixes=settings.prefix_cache)
     chunk_tokens = settings.chunk_tokens or max(CHUNK_TOKENS[device.type], settings.block_size)
     speculator = make_speculator(settings, runner, draft, options)

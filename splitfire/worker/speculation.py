@@ -102,7 +102,7 @@ def _load(draft: DraftPlan, options: LoadOptions, settings: WorkerSettings) -> D
     held = options.dtype if runs_compiled else TORCH_DTYPES[draft.layout.dtype]  # torch would compute in what is held
     weights = load_weights(draft.model, replace(options, dtype=held))
     rope = rope_table(config.rope, config.head_dim, draft.max_context, options.device)
-    body = build(config, weights, rope, may_compile=settings.kernels == "auto")
+    body = build(config, weights, rope, draft.layout.dtype, may_compile=settings.kernels == "auto")
     runner = Runner(body, KvPool(draft.layout, draft.num_blocks, options.device))
     log.info("draft model loaded", model=draft.model.path.name, bytes=draft.weight_bytes, pool_bytes=draft.pool_bytes)
     return DraftModel(runner, BlockPool(draft.num_blocks, caches_prefixes=False), draft.max_context, settings.max_running)

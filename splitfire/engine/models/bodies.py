@@ -17,9 +17,11 @@ def is_compiled(config: ModelConfig, dtype: str, device: torch.device) -> bool:
     return device.type == "cpu" and dtype != "fp16" and compiled.fits(config)
 
 
-def build(config: ModelConfig, weights: Weights, rope: RopeTable, *, may_compile: bool) -> Transformer | CompiledTransformer:
-    """A compiled one has as many threads as torch, and takes the weights over."""
+def build(
+    config: ModelConfig, weights: Weights, rope: RopeTable, dtype: str, *, may_compile: bool
+) -> Transformer | CompiledTransformer:
+    """`dtype` is that of computation. A compiled one has as many threads as torch, and takes the weights over."""
     matrix = weights.embed.elements if isinstance(weights.embed, Int8Matrix) else weights.embed
-    if may_compile and is_compiled(config, "fp16" if matrix.dtype == torch.float16 else "", matrix.device):
-        return CompiledTransformer(config, weights, rope, torch.get_num_threads())
+    if may_compile and is_compiled(config, dtype, matrix.device):
+        return CompiledTransformer(config, weights, rope, torch.get_num_threads(), rounds=dtype == "bf16")
     return Transformer(config, weights, rope)

@@ -1,6 +1,7 @@
 """The transformer of transformer.py as one compiled call a step, on CPUs that native/step.cpp runs on. Engine thread only.
 
-Activations are fp32 whatever the weights are. A row's results are the same bits in any batch, chunk and number of threads.
+Activations are fp32 whatever the weights are; where the processor multiplies bf16 and that is the dtype of computation, products and
+attention take them rounded. A row's results are the same bits in any batch, chunk and number of threads.
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ from splitfire.engine.pool import KvPool
 class CompiledTransformer:
     """Takes the weights over: each matrix is given back when it is packed, so that beside them there is never more than one."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable, num_threads: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable, num_threads: int, *, rounds: bool) -> None:
+        """rounds: activations are rounded to bf16 for products and attention, where the processor multiplies bf16 and no matrix is fp32."""
         assert fits(config)
         self.config = config
+        self._rounds = (
+            rounds and native.has_bf16_units() and all(_elements(matrix).dtype in native.DOTS for matrix, _ in _matrices(weights))
+        )
         self._kept: list[Tensor] = []  # what the structures point to
         self._arena = Arena(sum(_packed_bytes(m, 1 + is_pair) for m, is_pair in _matrices(weights)))
         self._engine = native.StepEngine(num_threads)
@@ -38,7 +43,7 @@ class CompiledTransformer:
         self._model = native.Model(
             config.num_layers, config.hidden_size, config.num_heads, config.intermediate_size, config.rms_norm_eps, rope.attention_factor,
             self._layers, self._floats(rope.inverse_frequencies), self._floats(weights.final_norm), self._matrix(weights.lm_head),
-            embed, scales,
+            embed, scales, self._rounds,
         )  # fmt: skip
 
     def compute(self, batch: StepBatch, pool: KvPool) -> Logits:
@@ -74,7 +79,8 @@ class CompiledTransformer:
             scales = native.interleave_panels(scales[:, None], num_parts)[:, 0]
         twin = native.Matrix(
             self._keep(self._arena.take(native.pack_panels(whole))), None if scales is None else self._floats(scales),
-            None if bias is None else self._floats(bias), *whole.shape, native.WEIGHTS.index(whole.dtype),
+            None if bias is None else self._floats(bias), *whole.shape,
+            native.DOTS[whole.dtype] if self._rounds else native.WEIGHTS.index(whole.dtype),
         )  # fmt: skip
         elements.untyped_storage().resize_(0)
         return twin
@@ -99,8 +105,12 @@ def _matrices(weights: Weights) -> Iterator[tuple[Matrix, bool]]:
     yield weights.lm_head, False
 
 
+def _elements(matrix: Matrix) -> Tensor:
+    return matrix.elements if isinstance(matrix, Int8Matrix) else matrix
+
+
 def _packed_bytes(matrix: Matrix, num_parts: int) -> int:
-    elements = matrix.elements if isinstance(matrix, Int8Matrix) else matrix
+    elements = _elements(matrix)
     columns, inputs = elements.shape
     panels = num_parts * -(-columns // (num_parts * native.PANEL))
     return line_bytes(panels * native.PANEL * inputs * elements.element_size())

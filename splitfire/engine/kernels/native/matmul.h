@@ -15,11 +15,13 @@ constexpr int64_t SOME_ROWS = 24;  // so many at most take a piece of their inpu
 constexpr int64_t ROW_BLOCK = 132;  // rows that are multiplied with a panel while it is near; their activations fit the second cache
 constexpr int64_t ROW_PADDING = 16;  // floats between rows, so that they do not fall into the same places of the cache
 
-// Lanes from `first` on of `count` floats, and zeros.
-INLINE __mmask16 lanes_of(int64_t first, int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count - first, 0, LANES)) - 1); }
-INLINE Floats load_some(const float* from, int64_t first, int64_t count) { return _mm512_maskz_loadu_ps(lanes_of(first, count), from + first); }
+// Activations are fp32; with the last two, which lie as BF16 and INT8 do, they are bf16, two inputs of a row in the place of one float.
+enum class Weight : int64_t { BF16, FP32, INT8, BF16_DOTS, INT8_DOTS };
 
-enum class Weight : int64_t { BF16, FP32, INT8 };
+constexpr bool is_bf16(Weight format) { return format == Weight::BF16 || format == Weight::BF16_DOTS; }
+constexpr bool is_dots(Weight format) { return format == Weight::BF16_DOTS || format == Weight::INT8_DOTS; }
+constexpr int64_t element_bytes(Weight format) { return format == Weight::FP32 ? 4 : is_bf16(format) ? 2 : 1; }
+constexpr int64_t words_of_pair(Weight format) { return is_dots(format) ? 1 : 2; }  // of two inputs of a row
 
 // Twin of compiled.py's _Matrix. [columns, inputs], packed by its pack(); a panel that is not full is filled up with zeros.
 struct Matrix {
@@ -30,8 +32,8 @@ struct Matrix {
     Weight format;
 
     int64_t num_panels() const { return (columns + PANEL - 1) / PANEL; }
-    int64_t element_bytes() const { return format == Weight::BF16 ? 2 : format == Weight::FP32 ? 4 : 1; }
-    int64_t panel_bytes() const { return inputs * PANEL * element_bytes(); }
+    int64_t pair_bytes() const { return 2 * PANEL * element_bytes(format); }
+    int64_t panel_bytes() const { return inputs / 2 * pair_bytes(); }
     const uint8_t* panel(int64_t i) const { return panels + i * panel_bytes(); }
 };
 
@@ -57,7 +59,7 @@ constexpr int64_t panels_together(int64_t rows) { return is_in_turn(rows) ? PANE
 // out: [PANELS][ROWS][PANEL]
 template <Weight FORMAT, int ROWS, int PANELS>
 INLINE void multiply_tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* out, bool goes_on, Ahead ahead) {
-    constexpr int64_t PAIR_BYTES = 2 * PANEL * (FORMAT == Weight::BF16 ? 2 : FORMAT == Weight::FP32 ? 4 : 1);
+    constexpr int64_t PAIR_BYTES = 2 * PANEL * element_bytes(FORMAT);
     Floats sum[PANELS][ROWS][2];
     for (int i = 0; i < PANELS * ROWS; ++i) {
         for (int half = 0; half < 2; ++half) sum[i / ROWS][i % ROWS][half] = goes_on ? load(out + i * PANEL + half * LANES) : _mm512_setzero_ps();
@@ -80,7 +82,17 @@ INLINE void multiply_tile(const float* x, int64_t stride, const uint8_t* panel, 
             const uint8_t* weights = panel + i * panel_bytes;
             _mm_prefetch(reinterpret_cast<const char*>(ahead.at + i * panel_bytes), _MM_HINT_T0);
             if (PAIR_BYTES > 64) _mm_prefetch(reinterpret_cast<const char*>(ahead.at + i * panel_bytes + 64), _MM_HINT_T0);
-            if constexpr (FORMAT == Weight::BF16) {
+            if constexpr (is_dots(FORMAT)) {
+                Floats left, right;  // int8 has a place in bf16
+                if constexpr (FORMAT == Weight::BF16_DOTS) left = _mm512_loadu_ps(weights), right = _mm512_loadu_ps(weights + 64);
+                else left = pair_up<Kv::INT8>(weights, weights + 32), right = pair_up<Kv::INT8>(weights + 16, weights + 48);
+#pragma GCC unroll 12
+                for (int row = 0; row < ROWS; ++row) {
+                    const Floats factors = splat(from[row / 3][row % 3 * stride]);
+                    sum[i][row][0] = dot(sum[i][row][0], factors, left);
+                    sum[i][row][1] = dot(sum[i][row][1], factors, right);
+                }
+            } else if constexpr (FORMAT == Weight::BF16) {
                 Floats left[2], right[2];
                 split_bf16(_mm512_loadu_si512(weights), left[0], left[1]);
                 split_bf16(_mm512_loadu_si512(weights + 64), right[0], right[1]);
@@ -96,7 +108,7 @@ INLINE void multiply_tile(const float* x, int64_t stride, const uint8_t* panel, 
         }
         panel += PAIR_BYTES, ahead.at += ahead.step;
 #pragma GCC unroll 4
-        for (int i = 0; i < (ROWS + 2) / 3; ++i) from[i] += 2;
+        for (int i = 0; i < (ROWS + 2) / 3; ++i) from[i] += words_of_pair(FORMAT);
     }
     for (int i = 0; i < PANELS; ++i) {
         for (int row = 0; row < ROWS; ++row) {
@@ -131,7 +143,7 @@ struct Share {
 };
 
 INLINE void multiply_piece(const Matrix& matrix, const uint8_t* weights, int64_t panels, int64_t inputs, int64_t rows, const float* x, int64_t stride, float* out, bool goes_on, Share share) {
-    const int64_t panel_bytes = matrix.panel_bytes(), pair_bytes = 2 * PANEL * matrix.element_bytes(), bytes = inputs / 2 * pair_bytes;
+    const int64_t panel_bytes = matrix.panel_bytes(), pair_bytes = matrix.pair_bytes(), bytes = inputs / 2 * pair_bytes;
     Ahead ahead{share.after + share.tile * bytes / share.tiles, pair_bytes / share.tiles, -1, nullptr};
     if (inputs == matrix.inputs && share.tiles == 1) {  // it goes through memory by itself: what it will read soon
         const int64_t lead = std::min(AHEAD_BYTES, bytes);
@@ -139,17 +151,21 @@ INLINE void multiply_piece(const Matrix& matrix, const uint8_t* weights, int64_t
     }
     if (matrix.format == Weight::BF16) multiply_rows<Weight::BF16>(rows, panels, x, stride, weights, panel_bytes, inputs, out, goes_on, ahead);
     else if (matrix.format == Weight::FP32) multiply_rows<Weight::FP32>(rows, panels, x, stride, weights, panel_bytes, inputs, out, goes_on, ahead);
-    else multiply_rows<Weight::INT8>(rows, panels, x, stride, weights, panel_bytes, inputs, out, goes_on, ahead);
+    else if (matrix.format == Weight::INT8) multiply_rows<Weight::INT8>(rows, panels, x, stride, weights, panel_bytes, inputs, out, goes_on, ahead);
+    else if constexpr (HAS_BF16_UNITS) {
+        if (matrix.format == Weight::BF16_DOTS) multiply_rows<Weight::BF16_DOTS>(rows, panels, x, stride, weights, panel_bytes, inputs, out, goes_on, ahead);
+        else multiply_rows<Weight::INT8_DOTS>(rows, panels, x, stride, weights, panel_bytes, inputs, out, goes_on, ahead);
+    }
 }
 
-// x [rows, inputs] times panels [first, end) of the matrix -> emit(panel, row, sums of 32 columns, scaled, without bias), panel by panel.
+// x [rows, inputs], `stride` words of 32 bits from row to row, times panels [first, end) of the matrix -> emit(panel, row, sums of 32 columns, scaled, without bias), panel by panel.
 // Meanwhile what is read after them, at `next`, is fetched towards the processor.
 template <class Emit>
 INLINE void multiply(const Matrix& matrix, int64_t first, int64_t end, const uint8_t* next, int64_t rows, const float* x, int64_t stride, Emit emit) {
     alignas(64) float sums[PANELS_IN_TURN * SOME_ROWS * PANEL];  // [panel][row][PANEL]
     const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE, sets = rows <= SOME_ROWS ? 1 : tiles;  // of rows whose sums are kept together
     const int64_t at_once = panels_at_once(rows), in_turn = is_in_turn(rows) ? INPUTS_IN_TURN : matrix.inputs;
-    const int64_t pair_bytes = 2 * PANEL * matrix.element_bytes();
+    const int64_t pair_bytes = matrix.pair_bytes(), pair_words = words_of_pair(matrix.format);
     const auto at = [&](int64_t panel, int64_t input) { return matrix.panel(panel) + input / 2 * pair_bytes; };
     for (int64_t panel = first, panels; panel < end; panel += panels) {
         panels = std::min(panels_together(rows), end - panel);
@@ -162,7 +178,7 @@ INLINE void multiply(const Matrix& matrix, int64_t first, int64_t end, const uin
                                          : panel + panels < end ? at(panel + panels, 0) : next;
                     for (int64_t tile = tiles * set / sets; tile < tiles * (set + 1) / sets; ++tile) {
                         const int64_t row = rows * tile / tiles, here = rows * (tile + 1) / tiles - row;
-                        multiply_piece(matrix, at(panel + i, k), std::min(at_once, panels - i), inputs, here, x + row * stride + k, stride,
+                        multiply_piece(matrix, at(panel + i, k), std::min(at_once, panels - i), inputs, here, x + row * stride + k / 2 * pair_words, stride,
                                        sums + (i * count + row - begin) * PANEL, k > 0, {after, tile, tiles});
                     }
                 }

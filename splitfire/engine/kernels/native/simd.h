@@ -20,6 +20,10 @@ INLINE void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
 INLINE Floats splat(float x) { return _mm512_set1_ps(x); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
+// Lanes from `first` on of `count` floats, and zeros.
+INLINE __mmask16 lanes_of(int64_t first, int64_t count) { return __mmask16((1u << std::clamp<int64_t>(count - first, 0, LANES)) - 1); }
+INLINE Floats load_some(const float* from, int64_t first, int64_t count) { return _mm512_maskz_loadu_ps(lanes_of(first, count), from + first); }
+
 // In these a NaN in the second place stays one.
 INLINE Floats at_least(float low, Floats x) { return _mm512_max_ps(splat(low), x); }
 INLINE Floats at_most(float high, Floats x) { return _mm512_min_ps(splat(high), x); }
@@ -37,6 +41,17 @@ INLINE Floats exponential(Floats x) {
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(_mm512_mul_ps(r, r), p, r);
     return _mm512_scalef_ps(_mm512_add_ps(p, splat(1.0f)), n);
+}
+
+// e^x, x at most 0, to 2^-17: far more than bf16 keeps of it. 2^fraction by a polynomial (minimax on half a unit to both sides).
+INLINE Floats exponential_to_round(Floats x) {
+    const Floats t = _mm512_mul_ps(at_least(-104.0f, x), splat(1.44269504088896341f));
+    const Floats n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(t, n);
+    Floats p = splat(9.582853220e-03f);
+    p = fma(p, f, splat(5.590642621e-02f));
+    p = fma(p, f, splat(2.402409862e-01f));
+    p = fma(p, f, splat(6.931241932e-01f));
+    return _mm512_scalef_ps(fma(p, f, splat(1.0f)), n);
 }
 
 INLINE float exponential(float x) { return _mm512_cvtss_f32(exponential(splat(x))); }
@@ -79,6 +94,43 @@ INLINE void interleave(Floats& even, Floats& odd) {
     even = first;
 }
 
+// Of 32 numbers in quarters of eight the lower fours and the upper ones, back into the order of their places.
+INLINE void merge_quarters(Floats& lower, Floats& upper) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const Floats first = _mm512_permutex2var_ps(lower, low, upper);
+    upper = _mm512_permutex2var_ps(lower, _mm512_add_epi32(low, _mm512_set1_epi32(8)), upper);
+    lower = first;
+}
+
+// Two numbers in bf16 lie in the 32 bits of a lane. Only processors with AVX512_BF16 have their dot product; others are never asked for it.
+#ifdef __AVX512BF16__
+constexpr bool HAS_BF16_UNITS = true;
+
+// sum + a's first * b's first + a's second * b's second, in each lane.
+INLINE Floats dot(Floats sum, Floats a, Floats b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+INLINE Floats dot_some(Floats sum, __mmask16 lanes, Floats a, Floats b) { return _mm512_mask_dpbf16_ps(sum, lanes, (__m512bh)a, (__m512bh)b); }
+
+// Sixteen numbers rounded to bf16, ties to even, subnormals to zero: side by side, and each with that of the other vector.
+INLINE void store_narrow(uint16_t* to, Floats x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x)); }
+INLINE Floats narrow_pairs(Floats first, Floats second) {
+    const __m512i ascending = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                                                0x180008, 0x190009, 0x1A000A, 0x1B000B, 0x1C000C, 0x1D000D, 0x1E000E, 0x1F000F);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(ascending, (__m512i)_mm512_cvtne2ps_pbh(second, first)));
+}
+#else
+constexpr bool HAS_BF16_UNITS = false;
+INLINE Floats dot(Floats, Floats, Floats) { __builtin_unreachable(); }
+INLINE Floats dot_some(Floats, __mmask16, Floats, Floats) { __builtin_unreachable(); }
+INLINE void store_narrow(uint16_t*, Floats) { __builtin_unreachable(); }
+INLINE Floats narrow_pairs(Floats, Floats) { __builtin_unreachable(); }
+#endif
+
+// The same of numbers that bf16 holds exactly.
+INLINE Floats join_pairs(Floats first, Floats second) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(second)));
+}
+
 INLINE float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 
 // Sixteen elements of a KV format as floats; e4m3 lacks a factor of E4M3_FACTOR, which its scale takes on.
@@ -101,5 +153,8 @@ template <Kv FORMAT> INLINE Floats widen(const uint8_t* from) {
         return _mm512_cvtph_ps(_mm256_or_si256(size, _mm256_and_si256(wide, _mm256_set1_epi16(int16_t(0x8000)))));
     }
 }
+
+// Elements [0, 16) of two vectors side by side in bf16, which holds them exactly.
+template <Kv FORMAT> INLINE Floats pair_up(const uint8_t* first, const uint8_t* second) { return join_pairs(widen<FORMAT>(first), widen<FORMAT>(second)); }
 
 }  // namespace

@@ -34,6 +34,7 @@ struct Model {
     Matrix head;              // [vocab, hidden]
     const uint8_t* embed;     // rows of head's format, or null: head's panels hold them
     const float* embed_scales;
+    int64_t rounds;           // products and attention take bf16, by the processor's units; all matrices are of the DOTS then, and only then
 };
 
 struct Step {  // batch.py's StepBatch, and where the results go
@@ -71,11 +72,17 @@ struct Buffer {
 
 // ---- Small ops, a row at a time
 
-void rms_norm(const float* x, const float* weight, int64_t width, float eps, float* out) {
+// Sixteen floats of a row, or as many in bf16.
+INLINE void put_some(float* row, int64_t first, Floats x, bool rounds) {
+    if (rounds) store_narrow(reinterpret_cast<uint16_t*>(row) + first, x);
+    else store(row + first, x);
+}
+
+void rms_norm(const float* x, const float* weight, int64_t width, float eps, float* out, bool rounds) {
     Floats squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += LANES) squares = fma(load(x + i), load(x + i), squares);
     const Floats factor = splat(1.0f / std::sqrt(sum(squares) / float(width) + eps));
-    for (int64_t i = 0; i < width; i += LANES) store(out + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), factor), load(weight + i)));
+    for (int64_t i = 0; i < width; i += LANES) put_some(out, i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), factor), load(weight + i)), rounds);
 }
 
 INLINE Floats silu(Floats x) { return _mm512_div_ps(x, _mm512_add_ps(splat(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)))); }
@@ -89,7 +96,7 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
 }
 
 float widen_weight(const uint8_t* at, int64_t index, Weight format) {
-    if (format == Weight::BF16) return widen_bf16(reinterpret_cast<const uint16_t*>(at)[index]);
+    if (is_bf16(format)) return widen_bf16(reinterpret_cast<const uint16_t*>(at)[index]);
     if (format == Weight::FP32) return reinterpret_cast<const float*>(at)[index];
     return float(reinterpret_cast<const int8_t*>(at)[index]);
 }
@@ -98,7 +105,7 @@ void embed(const Model& model, int64_t token, float* out) {
     const Matrix& head = model.head;
     if (model.embed) {
         const float scale = model.embed_scales ? model.embed_scales[token] : 1.0f;
-        const uint8_t* row = model.embed + token * model.hidden * head.element_bytes();
+        const uint8_t* row = model.embed + token * model.hidden * element_bytes(head.format);
         for (int64_t k = 0; k < model.hidden; ++k) out[k] = widen_weight(row, k, head.format) * scale;
         return;
     }
@@ -107,7 +114,7 @@ void embed(const Model& model, int64_t token, float* out) {
     const uint8_t* panel = head.panel(token / PANEL);
     for (int64_t k = 0; k < model.hidden; ++k) {
         const int64_t paired = k / 2 * 2 * PANEL + column / LANES * 2 * LANES + column % LANES * 2 + k % 2;
-        out[k] = widen_weight(panel, head.format == Weight::BF16 ? paired : k * PANEL + column, head.format) * scale;
+        out[k] = widen_weight(panel, is_bf16(head.format) ? paired : k * PANEL + column, head.format) * scale;
     }
 }
 
@@ -150,10 +157,10 @@ public:
         team_.run([this](int64_t member) { compute(*members_[size_t(member)]); });
     }
 
-    // For tests: x [rows, inputs] times a matrix, to [rows, columns].
+    // For tests: x [rows, inputs], floats or bf16 as the matrix wants them, times it, to [rows, columns].
     void multiply_alone(const Matrix& matrix, const float* x, int64_t rows, float* out) {
         team_.run([&](int64_t) {
-            times(matrix, rows, x, matrix.inputs, [&](int64_t row, int64_t column, Floats left, Floats right) {
+            times(matrix, rows, x, matrix.inputs / 2 * words_of_pair(matrix.format), [&](int64_t row, int64_t column, Floats left, Floats right) {
                 put(out + row * matrix.columns, column, matrix.columns, left, right);
             });
         });
@@ -180,6 +187,9 @@ private:
         const int64_t dim = pool_->head_dim, rows = step_->num_tokens, qkv = (m.num_heads + 2 * pool_->kv_heads) * dim;
         hidden_.fit(rows, m.hidden), normed_.fit(std::max(rows, step_->num_rows), m.hidden), qkv_.fit(rows, qkv);
         mixed_.fit(rows, m.num_heads * dim), inner_.fit(rows, m.intermediate), angles_.fit(rows, dim);
+        if (m.rounds) rounded_mixed_.fit(rows, m.num_heads * dim / 2), rounded_inner_.fit(rows, m.intermediate / 2);
+        const Kv format = Kv(pool_->format);
+        attends_rounded_ = m.rounds && (format == Kv::BF16 || format == Kv::INT8 || format == Kv::E4M3);
         for (auto& member : members_) member->normed.fit(ROWS_ALONE, m.hidden);
         plan_attention();
     }
@@ -241,10 +251,10 @@ private:
                 attend(layer, index, tasks_[size_t(i)], next == i ? nullptr : &tasks_[size_t(next)], me.scratch);
             });
             if (!merges_.empty()) team_.share(int64_t(merges_.size()), [&](int64_t i, int64_t) { merge_pieces(merges_[size_t(i)]); });
-            add_times(layer.out, tokens, mixed_);
+            add_times(layer.out, tokens, m.rounds ? rounded_mixed_ : mixed_);
             x = norm(me, layer.post_norm, tokens, [&](int64_t row) { return hidden_.row(row); });
             gate(layer.gate_up, tokens, x, normed_.stride);
-            add_times(layer.down, tokens, inner_);
+            add_times(layer.down, tokens, m.rounds ? rounded_inner_ : inner_);
         }
         if (step_->num_rows == 0) return;
         const float* x = norm(me, m.final_norm, step_->num_rows, [&](int64_t row) { return hidden_.row(step_->rows[row]); });
@@ -261,10 +271,10 @@ private:
     template <class From> const float* norm(Member& me, const float* weight, int64_t rows, From from) {
         const Model& m = *model_;
         if (rows <= ROWS_ALONE) {
-            for (int64_t row = 0; row < rows; ++row) rms_norm(from(row), weight, m.hidden, m.eps, me.normed.row(row));
+            for (int64_t row = 0; row < rows; ++row) rms_norm(from(row), weight, m.hidden, m.eps, me.normed.row(row), m.rounds);
             return me.normed.row(0);
         }
-        team_.share(rows, [&](int64_t row, int64_t) { rms_norm(from(row), weight, m.hidden, m.eps, normed_.row(row)); });
+        team_.share(rows, [&](int64_t row, int64_t) { rms_norm(from(row), weight, m.hidden, m.eps, normed_.row(row), m.rounds); });
         return normed_.row(0);
     }
 
@@ -327,8 +337,10 @@ private:
                 Floats biases[2];
                 bias(matrix.bias ? matrix.bias + is_up * width : nullptr, column, width, biases);
                 left = _mm512_add_ps(left, biases[0]), right = _mm512_add_ps(right, biases[1]);
-                store(to, is_up ? _mm512_mul_ps(load(to), left) : silu(left));
-                if (column + LANES < width) store(to + LANES, is_up ? _mm512_mul_ps(load(to + LANES), right) : silu(right));
+                float* product = is_up && model_->rounds ? rounded_inner_.row(first + row) : inner_.row(first + row);
+                put_some(product, column, is_up ? _mm512_mul_ps(load(to), left) : silu(left), is_up && model_->rounds);
+                if (column + LANES >= width) return;
+                put_some(product, column + LANES, is_up ? _mm512_mul_ps(load(to + LANES), right) : silu(right), is_up && model_->rounds);
             });
         });
     }
@@ -342,7 +354,7 @@ private:
         const float *cos = angles_.row(token), *sin = cos + dim / 2;
         float* row = qkv_.row(token);
         const auto turn = [&](float* x, const float* weight) {
-            if (weight) rms_norm(x, weight, dim, m.eps, x);
+            if (weight) rms_norm(x, weight, dim, m.eps, x, false);
             rotate(x, cos, sin, dim / 2);
             if (pool_->is_quantised()) hadamard(x, dim, run);
         };
@@ -350,7 +362,7 @@ private:
         for (int64_t i = head * group(); i < (head + 1) * group(); ++i) {
             float* query = row + i * dim;
             turn(query, layer.q_norm);
-            for (int64_t d = 0; d < dim; d += LANES) store(query + d, _mm512_mul_ps(load(query + d), scale));
+            for (int64_t d = 0; d < dim; d += LANES) put_some(query, d, _mm512_mul_ps(load(query + d), scale), attends_rounded_);
         }
         float* key = row + (m.num_heads + head) * dim;
         turn(key, layer.k_norm);
@@ -407,17 +419,33 @@ private:
         attention.first_part = first;
         if (first == task.end_part) return;
         switch (Kv(pool_->format)) {
-            case Kv::BF16: return attend_as<Kv::BF16>(attention, scratch);
-            case Kv::FP16: return attend_as<Kv::FP16>(attention, scratch);
-            case Kv::FP32: return attend_as<Kv::FP32>(attention, scratch);
-            case Kv::INT8: return attend_as<Kv::INT8>(attention, scratch);
-            case Kv::E4M3: return attend_as<Kv::E4M3>(attention, scratch);
+            case Kv::BF16: attend_as<Kv::BF16>(attention, scratch); break;
+            case Kv::FP16: attend_as<Kv::FP16>(attention, scratch); break;
+            case Kv::FP32: attend_as<Kv::FP32>(attention, scratch); break;
+            case Kv::INT8: attend_as<Kv::INT8>(attention, scratch); break;
+            case Kv::E4M3: attend_as<Kv::E4M3>(attention, scratch); break;
         }
+        if (task.partial >= 0) return;
+        for (int64_t row = 0; row < attention.rows; ++row) round_mixed(task.begin + row / group(), task.head * group() + row % group());
     }
 
-    template <Kv FORMAT> static void attend_as(const Attention& attention, Scratch& scratch) {
-        if (attention.rows < MANY_ROWS) attend_few<FORMAT>(attention, scratch);
-        else attend_many<FORMAT>(attention, scratch);
+    template <Kv FORMAT> void attend_as(const Attention& attention, Scratch& scratch) const {
+        if constexpr (HAS_BF16_UNITS && (FORMAT == Kv::BF16 || FORMAT == Kv::INT8 || FORMAT == Kv::E4M3)) {
+            if (attends_rounded_) return attend_rows<FORMAT, true>(attention, scratch);
+        }
+        attend_rows<FORMAT, false>(attention, scratch);
+    }
+
+    template <Kv FORMAT, bool DOTS> static void attend_rows(const Attention& attention, Scratch& scratch) {
+        if (attention.rows < MANY_ROWS) attend_few<FORMAT, DOTS>(attention, scratch);
+        else attend_many<FORMAT, DOTS>(attention, scratch);
+    }
+
+    // What one head of one token attended to, for the product that comes next.
+    void round_mixed(int64_t token, int64_t head) {
+        if (!model_->rounds) return;
+        const int64_t dim = pool_->head_dim;
+        for (int64_t d = head * dim; d < (head + 1) * dim; d += LANES) put_some(rounded_mixed_.row(token), d, load(mixed_.row(token) + d), true);
     }
 
     void merge_pieces(const Merge& merge) {
@@ -430,6 +458,7 @@ private:
                 take(result, state, from[0], from[1], from + 2, dim);
             }
             divide_by(result, state.weight, dim);
+            round_mixed(merge.begin + row / group(), merge.head * group() + row % group());
         }
     }
 
@@ -439,6 +468,8 @@ private:
     const Pool* pool_ = nullptr;
     const Step* step_ = nullptr;
     Buffer hidden_, normed_, qkv_, mixed_, inner_, angles_, partials_;
+    Buffer rounded_mixed_, rounded_inner_;  // the same in bf16, for products that take it
+    bool attends_rounded_ = false;          // queries lie in their places in bf16
     std::vector<Task> tasks_;
     std::vector<Merge> merges_;
 };
@@ -449,11 +480,11 @@ private:
 
 extern "C" {
 
-int splitfire_version() { return 1; }  // of what stands here and in compiled.py
+int splitfire_version() { return 2; }  // of what stands here and in step.py
 
 bool splitfire_runs_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c") && (!HAS_BF16_UNITS || __builtin_cpu_supports("avx512bf16"));
 }
 
 void* splitfire_engine(int64_t num_threads) { return new StepEngine(num_threads); }
@@ -462,6 +493,9 @@ void splitfire_end(void* engine) { delete static_cast<StepEngine*>(engine); }
 void splitfire_step(void* engine, const Model* model, const Pool* pool, const Step* step) {
     static_cast<StepEngine*>(engine)->run(*model, *pool, *step);
 }
+
+// Whether products and attention may be asked for in bf16.
+bool splitfire_has_bf16_units() { return HAS_BF16_UNITS; }
 
 void splitfire_multiply(void* engine, const Matrix* matrix, const float* x, int64_t rows, float* out) {
     static_cast<StepEngine*>(engine)->multiply_alone(*matrix, x, rows, out);

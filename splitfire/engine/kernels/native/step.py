@@ -1,4 +1,4 @@
-"""step.cpp through ctypes: a whole step of a dense transformer on a CPU with AVX-512.
+"""step.cpp through ctypes: a whole step of a dense transformer on a CPU with AVX-512, in a build of its own for those with bf16 units.
 
 The structures are twins of those in step.cpp, matmul.h and attend.h; whoever fills one keeps alive what it points to.
 """
@@ -14,11 +14,12 @@ from torch import Tensor
 from splitfire.core.layout import DTYPE_BYTES, KvLayout
 from splitfire.engine.kernels.native import load_library
 
-VERSION = 1  # of what step.cpp and this file agree on
+VERSION = 2  # of what step.cpp and this file agree on
 PANEL, LANES = 32, 16  # of matmul.h
 MAX_HEAD_DIM, LEAST_BLOCK = 256, 8  # of attend.h
 MAX_GROUP = 48  # query heads of one KV head: MAX_ROWS of attend.h
 WEIGHTS = (torch.bfloat16, torch.float32, torch.int8)  # Weight of matmul.h
+DOTS = {torch.bfloat16: 3, torch.int8: 4}  # also of Weight: with activations in bf16
 NO_WINDOW = 1 << 62
 _KV_FORMATS = {dtype: number for number, dtype in enumerate(DTYPE_BYTES)}
 
@@ -48,6 +49,7 @@ class Model(Structure):
         *((name, c_int64) for name in ("num_layers", "hidden", "num_heads", "intermediate")),
         ("eps", c_float), ("attention_factor", c_float), ("layers", POINTER(Layer)), ("inverse_frequencies", c_void_p),
         ("final_norm", c_void_p), ("head", Matrix), ("embed", c_void_p), ("embed_scales", c_void_p),
+        ("rounds", c_int64),
     )  # fmt: skip
 
 
@@ -72,16 +74,20 @@ class Step(Structure):
 
 
 def _load() -> ctypes.CDLL | None:
-    library = load_library("_step", VERSION)
-    if library is None:
-        return None
-    library.splitfire_runs_here.restype = c_bool
-    library.splitfire_engine.argtypes, library.splitfire_engine.restype = (c_int64,), c_void_p
-    library.splitfire_end.argtypes, library.splitfire_end.restype = (c_void_p,), None
-    library.splitfire_step.argtypes = (c_void_p, POINTER(Model), POINTER(Pool), POINTER(Step))
-    library.splitfire_multiply.argtypes = (c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p)
-    library.splitfire_step.restype = library.splitfire_multiply.restype = None
-    return library if library.splitfire_runs_here() else None
+    """Of the two builds the one for processors with bf16 units, where they are."""
+    for name in ("_step_bf16", "_step"):
+        library = load_library(name, VERSION)
+        if library is None:
+            continue
+        library.splitfire_runs_here.restype = library.splitfire_has_bf16_units.restype = c_bool
+        library.splitfire_engine.argtypes, library.splitfire_engine.restype = (c_int64,), c_void_p
+        library.splitfire_end.argtypes, library.splitfire_end.restype = (c_void_p,), None
+        library.splitfire_step.argtypes = (c_void_p, POINTER(Model), POINTER(Pool), POINTER(Step))
+        library.splitfire_multiply.argtypes = (c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p)
+        library.splitfire_step.restype = library.splitfire_multiply.restype = None
+        if library.splitfire_runs_here():
+            return library
+    return None
 
 
 _library = _load()
@@ -90,6 +96,11 @@ _library = _load()
 def is_available() -> bool:
     """Whether the library was built, for this version of the code, and this processor can run it."""
     return _library is not None
+
+
+def has_bf16_units() -> bool:
+    """Whether products and attention can be computed in bf16."""
+    return _library is not None and bool(_library.splitfire_has_bf16_units())
 
 
 class StepEngine:
@@ -110,9 +121,10 @@ class StepEngine:
         _library.splitfire_step(self._engine, model, pool, step)
 
     def multiply(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """x [rows, inputs] fp32 times the matrix -> [rows, columns] fp32. For tests."""
+        """x [rows, inputs] fp32, or bf16 for DOTS, times the matrix -> [rows, columns] fp32. For tests."""
         assert _library is not None
-        assert x.is_contiguous() and x.dtype == torch.float32 and x.shape[1] == matrix.inputs
+        assert x.is_contiguous() and x.shape[1] == matrix.inputs
+        assert x.dtype == (torch.bfloat16 if matrix.format in DOTS.values() else torch.float32)
         out = torch.full((x.shape[0], matrix.columns), torch.nan)
         _library.splitfire_multiply(self._engine, matrix, x.data_ptr(), x.shape[0], out.data_ptr())
         return out
