@@ -59,7 +59,8 @@ def machine() -> str:
 def commit() -> str:
     """`-dirty` when files differ from it; results, which a run of several benchmarks writes one by one, apart."""
     described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS}"], capture_output=True, check=False)
+    elsewhere = ["--", ".", f":(exclude){RESULTS}"]  # in the short form, ":!/...", the slash would mean the top of the tree
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", *elsewhere], capture_output=True, check=False)
     return f"{described or 'unknown'}{'-dirty' if changed.returncode else ''}"
 
 
