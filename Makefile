@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine bench-opponents checkpoint pico clean
+.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine bench-opponents kernels-report checkpoint pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -35,6 +35,9 @@ docs:            ## the pages that are printed from code
 
 bench: bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine   ## all benchmarks, into benchmarks/results/
 
+kernels-report:  ## every Triton kernel compiled ahead for sm_90, sm_80 and gfx942: registers, spills, shared memory
+	TRITON_DEFAULT_FP_FUSION=1 .venv/bin/python -m benchmarks.kernels
+
 bench-quality:
 	.venv/bin/python -m benchmarks.quality
 
@@ -47,7 +50,7 @@ bench-transfer:  ## the hand-off between two processes; against NIXL where bench
 bench-scheduler: ## what a step costs beside the model
 	.venv/bin/python -m benchmarks.scheduler
 
-# Every bound of the engine; 100 minutes with TURNS=2; QUICK=--quick only shows that it all runs, nothing is kept.
+# Every bound of the engine; one to two hours; QUICK=--quick only shows that it all runs, nothing is kept.
 TURNS ?= 3
 bench-engine: checkpoint  ## the engine beside its floors, and beside vLLM and OpenVINO GenAI; installs them (5 GB)
 	benchmarks/setup_opponents vllm openvino

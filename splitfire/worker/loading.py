@@ -21,7 +21,7 @@ from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.engine import Engine
 from splitfire.engine.grammar import GrammarCompiler
-from splitfire.engine.models.bodies import build, is_compiled
+from splitfire.engine.models.bodies import body_for, build, is_compiled
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import Weights
 from splitfire.engine.pool import TORCH_DTYPES, KvPool
@@ -91,7 +91,7 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
             weight_format(config.quant, options.is_int8),
             settings.block_size,
         )
-    kernels = "compiled" if is_fast else "torch"
+    kernels = body_for(config, dtype, device, may_compile=may_compile)
     log.info("weights loaded", format=fingerprint.weight_format, dtype=held, bytes=num_weight_bytes, kernels=kernels)
     rope = rope_table(config.rope, config.head_dim, max_context, device)
     runner = Runner(build(config, weights, rope, dtype, may_compile=may_compile), KvPool(layout, num_blocks, device))

@@ -1,0 +1,153 @@
+"""`rope_norm_write`: ../rope.py's op in one pass: norm of queries and keys, rotation, the Hadamard transform and quantisation where the
+pool is quantised, and the cache write. A program for each token's queries, keys and values.
+
+What the pool gets is what ../quantise.py would have written for the same numbers, to the bit: scales are rounded to fp16, elements half
+to even, and fp8 by integer arithmetic, which the interpreter and every processor do alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from splitfire.engine.kernels.gpu.flash import format_of
+from splitfire.engine.kernels.rope import CacheTargets, QkNorm, Rotation
+from splitfire.engine.pool import LayerCache
+
+HEADS = 8  # that a program has in its registers: 8 x 128 numbers
+
+
+def rope_norm_write(
+    qkv: Tensor,  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim], contiguous; its queries are overwritten
+    rotation: Rotation,
+    norm: QkNorm | None,
+    cache: LayerCache,  # written
+    targets: CacheTargets,  # a token whose block is negative is written nowhere
+) -> Tensor:  # [num_tokens, num_heads, head_dim]: what attention takes as queries with this cache; a view of qkv
+    """As ../rope.py's."""
+    elements, scales = cache.elements, cache.scales
+    num_tokens, num_vectors, head_dim = qkv.shape
+    num_kv_heads, block_size = elements.shape[2:4]
+    num_heads = num_vectors - 2 * num_kv_heads
+    if num_tokens:
+        raw_format = format_of(cache)
+        weights = (qkv, qkv) if norm is None else (norm.q_weight, norm.k_weight)
+        scale_strides = (0, 0) if scales is None else scales.stride()[:2]
+        _rope_norm_write[num_tokens, 3](
+            qkv, rotation.cos, rotation.sin, *weights, elements.view(torch.uint8) if raw_format == 2 else elements, scales,
+            targets.blocks, targets.offsets, *elements.stride()[:2], *scale_strides, num_heads, num_kv_heads,
+            0.0 if norm is None else norm.eps, norm is not None, raw_format, block_size, head_dim,
+            triton.next_power_of_2(head_dim), HEADS, num_warps=4,
+        )  # fmt: skip
+    return qkv[:, :num_heads]
+
+
+@triton.jit
+def _rope_norm_write(
+    qkv,  # [num_tokens, num_heads + 2 * num_kv_heads, DIM]
+    cos,  # [num_tokens, DIM / 2] fp32
+    sin,
+    q_weight,  # [DIM]
+    k_weight,
+    elements,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, DIM]
+    scales,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE]
+    blocks,  # [num_tokens]
+    offsets,  # [num_tokens]
+    block_stride,
+    side_stride,
+    scale_block_stride,
+    scale_side_stride,
+    num_heads,
+    num_kv_heads,
+    eps,
+    HAS_NORM: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,  # at a time
+):
+    """Program (token, 0) has the queries, 1 the keys, 2 the values."""
+    RUN: tl.constexpr = DIM & -DIM
+    i = tl.arange(0, WIDTH)
+    token, kind = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = tl.where(kind == 0, 0, num_heads + (kind - 1) * num_kv_heads)
+    count = tl.where(kind == 0, num_heads, num_kv_heads)
+    other = tl.where(i < DIM // 2, i + DIM // 2, i - DIM // 2)
+    angle = token * (DIM // 2) + i % (DIM // 2)
+    for begin in range(0, count, HEADS):
+        head = begin + tl.arange(0, HEADS)
+        is_there = (head < count)[:, None] & (i < DIM)[None, :]
+        row = qkv + (token * (num_heads + 2 * num_kv_heads) + first + head[:, None]) * DIM
+        x = tl.load(row + i[None, :], is_there, 0.0)
+        dtype: tl.constexpr = x.dtype
+        if kind < 2:
+            partner = tl.load(row + other[None, :], is_there, 0.0)
+            if HAS_NORM:
+                weight = q_weight
+                if kind == 1:
+                    weight = k_weight
+                wide = x.to(tl.float32)
+                factor = tl.rsqrt(tl.sum(wide * wide, 1) / DIM + eps)[:, None]
+                x = ((wide * factor).to(dtype) * tl.load(weight + i, i < DIM, 0.0)[None, :]).to(dtype)
+                partner = ((partner.to(tl.float32) * factor).to(dtype) * tl.load(weight + other, i < DIM, 0.0)[None, :]).to(dtype)
+            across = partner.to(tl.float32) * tl.load(sin + angle, i < DIM, 0.0).to(dtype).to(tl.float32)[None, :]
+            along = x.to(tl.float32) * tl.load(cos + angle, i < DIM, 0.0).to(dtype).to(tl.float32)[None, :]
+            x = tl.where((i < DIM // 2)[None, :], along - across, along + across).to(dtype)
+        wide = x.to(tl.float32)
+        if FORMAT != 0:
+            if kind < 2:
+                wide = hadamard(wide, HEADS, WIDTH, RUN)
+        if kind == 0:
+            tl.store(row + i[None, :], wide.to(dtype), is_there)
+        else:
+            block = tl.load(blocks + token)
+            offset = tl.load(offsets + token)
+            if block >= 0:
+                vector = head * BLOCK_SIZE + offset
+                to = elements + block * block_stride + (kind - 1) * side_stride + vector[:, None] * DIM + i[None, :]
+                if FORMAT == 0:
+                    tl.store(to, wide.to(elements.dtype.element_ty), is_there)
+                else:
+                    limit: tl.constexpr = 127.0 if FORMAT == 1 else 448.0
+                    scale = tl.div_rn(tl.max(tl.where(wide == wide, tl.abs(wide), 0.0), 1), limit)
+                    # From 65520 on fp16 rounds to infinity.
+                    is_bad = (tl.max(tl.where(wide != wide, 1, 0), 1) > 0) | ~(scale < 65520.0)
+                    divisor = tl.where(is_bad, 0.0, scale).to(tl.float16).to(tl.float32)
+                    ratio = tl.div_rn(tl.where(is_bad[:, None], 0.0, wide), tl.where(divisor == 0, 1.0, divisor)[:, None])
+                    ratio = tl.where((divisor == 0)[:, None], 0.0, tl.minimum(tl.maximum(ratio, -limit), limit))
+                    scale_to = scales + block * scale_block_stride + (kind - 1) * scale_side_stride + vector
+                    tl.store(scale_to, tl.where(is_bad, float("nan"), divisor).to(tl.float16), head < count)
+                    if FORMAT == 1:
+                        tl.store(to, round_to_int8(ratio), is_there)
+                    else:
+                        tl.store(to, round_to_e4m3(ratio), is_there)
+
+
+@triton.jit
+def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr):
+    """x [ROWS, WIDTH]: ../quantise.py's transform of each run of RUN elements, in the order of its additions."""
+    for stage in tl.static_range(0, 16):
+        if (1 << stage) < RUN:
+            a, b = tl.split(x.reshape(ROWS, WIDTH // (2 << stage), 2, 1 << stage).permute(0, 1, 3, 2))
+            x = tl.join(a + b, a - b).permute(0, 1, 3, 2).reshape(ROWS, WIDTH)
+    return x * (1.0 / tl.sqrt_rn(RUN * 1.0))
+
+
+@triton.jit
+def round_to_int8(x):
+    """|x| <= 127, half to even: 1.5 * 2^23 + x has a last bit worth 1."""
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@triton.jit
+def round_to_e4m3(x):
+    """|x| <= 448, to the nearest, ties to even: native/numbers.h's narrow_to_e4m3, the byte."""
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    # 2^14 + |x| rounds to multiples of 2^-9, the smallest step.
+    tiny = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    normal = (size - 0x3C000000 + 0x7FFFF + ((size >> 20) & 1)) >> 20
+    return (tl.where(size < 0x3C800000, tiny, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
