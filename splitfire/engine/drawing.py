@@ -78,7 +78,7 @@ def _draw_decoding(rows: Logits, step: Step) -> tuple[Ints, dict[int, Drawn]]:
             wanted[i] = _row(newest(sequence), 0)
         except ConstraintFailed as exc:
             others[i] = Drawn((), exc.reason)
-    for i, token in zip(wanted, _sample_each(rows.values[[*wanted]], [*wanted.values()]), strict=True):
+    for i, token in zip(wanted, _sample_each(rows, rows.values[[*wanted]], [*wanted.values()]), strict=True):
         is_over = token is not None and _is_over_after(sequences[i], token)
         if token is not None and token.logprob is None and not is_over:
             token_ids[i] = token.token_id
@@ -100,14 +100,14 @@ def _draw_slice(rows: Logits, begin: int, piece: Slice) -> Drawn:
         row = _row(piece, 0)
     except ConstraintFailed as exc:
         return Drawn((), exc.reason)
-    token = _sample_one(rows.values[begin : begin + 1], row)
+    token = _sample_one(rows, rows.values[begin : begin + 1], row)
     return _verify(rows, begin, piece, token) if token is not None else Drawn((), "sampling_failed")
 
 
 def _draw_forks(rows: Logits, row: int, piece: Slice) -> Drawn:
     """Of one distribution, a token for each choice."""
     asked = [replace(_row(piece, 0), choice=fork.choice) for fork in piece.sequence.forks]
-    tokens = _sample_each(rows.values[row].expand(len(asked), -1), asked)
+    tokens = _sample_each(rows, rows.values[row].expand(len(asked), -1), asked)
     return Drawn((), forks=tuple(Drawn((), "sampling_failed") if t is None else Drawn((t,)) for t in tokens))
 
 
@@ -140,7 +140,7 @@ def _sample_after(rows: Logits, at: int, piece: Slice, count: int) -> SampledTok
         row = _row(piece, count)
     except ConstraintFailed:
         return None
-    return _sample_one(rows.values[at : at + 1], row)
+    return _sample_one(rows, rows.values[at : at + 1], row)
 
 
 def _is_over_after(sequence: Sequence, token: SampledToken) -> bool:
@@ -158,17 +158,17 @@ def _goes_on(rows: Logits, row: int, piece: Slice, count: int, token_id: int) ->
     return is_right and rows.best[row] >= 0
 
 
-def _sample_each(logits: Tensor, rows: Seq[SampleRow]) -> list[SampledToken | None]:
-    """None for a row that raises; the others get the same tokens whether one did or not."""
+def _sample_each(of: Logits, values: Tensor, rows: Seq[SampleRow]) -> list[SampledToken | None]:
+    """values: some rows of `of`. None for a row that raises; the others get the same tokens whether one did or not."""
     try:
-        return [*sample(logits, rows)]
+        return [*sample(values, rows, of.draw)]
     except Exception:
-        return [_sample_one(logits[i : i + 1], row) for i, row in enumerate(rows)]
+        return [_sample_one(of, values[i : i + 1], row) for i, row in enumerate(rows)]
 
 
-def _sample_one(logits: Tensor, row: SampleRow) -> SampledToken | None:
+def _sample_one(of: Logits, values: Tensor, row: SampleRow) -> SampledToken | None:
     try:
-        return sample(logits, [row])[0]
+        return sample(values, [row], of.draw)[0]
     except Exception:
         return None
 

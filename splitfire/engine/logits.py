@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from splitfire.engine.kernels.sample import Draw, draw_row
+
 
 @dataclass(frozen=True, slots=True)
 class Logits:
@@ -15,6 +17,7 @@ class Logits:
 
     values: Tensor  # [num_rows, vocab] fp32
     best: NDArray[np.int64]  # [num_rows] the most likely token, the first of equals; -1 where a logit is not finite
+    draw: Draw = draw_row  # the body of it that suits where they are
 
     @classmethod
     def of(cls, values: Tensor) -> Logits:

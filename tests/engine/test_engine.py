@@ -11,7 +11,7 @@ import torch
 from splitfire.core.sampling import SamplingParams
 from splitfire.engine import drawing
 from splitfire.engine.blocks import BlockState
-from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
+from splitfire.engine.kernels.sample import Draw, SampledToken, SampleRow, sample
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.sequence import Purpose
 from tests.checkpoints import PICO as PICO_DIR
@@ -123,10 +123,10 @@ def test_a_request_that_cannot_be_sampled_fails_alone(llama: Transformer, monkey
         engine.add(spec)
     expected = [tokens_of(updates, spec) for updates in [drain(engine)] for spec in mates]
 
-    def poisoned(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken]:
+    def poisoned(logits: torch.Tensor, rows: list[SampleRow], draw: Draw) -> list[SampledToken]:
         if any(row.choice == 77 for row in rows):
             raise ZeroDivisionError("poison")
-        return sample(logits, rows)
+        return sample(logits, rows, draw)
 
     monkeypatch.setattr(drawing, "sample", poisoned)
     again = [make_spec(prompt(30, i), 10, sampling=sampling) for i in range(3)]

@@ -14,7 +14,7 @@ from splitfire.core.sampling import SamplingParams
 from splitfire.engine import drawing
 from splitfire.engine.blocks import BlockState
 from splitfire.engine.engine import Engine
-from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
+from splitfire.engine.kernels.sample import Draw, SampledToken, SampleRow, sample
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.sequence import Fork, Purpose, SeqId, SequenceSpec
 from splitfire.engine.updates import SequenceUpdate
@@ -230,10 +230,10 @@ def test_a_choice_that_cannot_be_sampled_fails_alone(llama: Transformer, monkeyp
     spec = together(50, 10)
     expected = singly(llama, spec)
 
-    def poisoned(logits: torch.Tensor, rows: Seq[SampleRow]) -> list[SampledToken]:
+    def poisoned(logits: torch.Tensor, rows: Seq[SampleRow], draw: Draw) -> list[SampledToken]:
         if any(row.choice == 2 for row in rows):
             raise ZeroDivisionError("poison")
-        return sample(logits, rows)
+        return sample(logits, rows, draw)
 
     monkeypatch.setattr(drawing, "sample", poisoned)
     engine = make_engine(llama)

@@ -15,7 +15,7 @@ from splitfire.engine import drawing
 from splitfire.engine.blocks import BlockState
 from splitfire.engine.drafting import Draft, Verified
 from splitfire.engine.engine import Engine
-from splitfire.engine.kernels.sample import SampledToken, SampleRow, sample
+from splitfire.engine.kernels.sample import Draw, SampledToken, SampleRow, sample
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
 from splitfire.engine.updates import DraftCounts, SequenceUpdate
@@ -320,10 +320,10 @@ def test_a_request_that_cannot_be_sampled_after_a_draft_fails_there(pico: Transf
     updates = run(make_engine(pico), [spec, mate])
     answers = {s.seq_id: tokens_of(updates, s) for s in (spec, mate)}
 
-    def poisoned(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken]:
+    def poisoned(logits: torch.Tensor, rows: list[SampleRow], draw: Draw) -> list[SampledToken]:
         if any(row.choice == 77 and row.position == 41 for row in rows):
             raise ZeroDivisionError("poison")
-        return sample(logits, rows)
+        return sample(logits, rows, draw)
 
     monkeypatch.setattr(drawing, "sample", poisoned)
     engine = make_engine(pico, speculator=Oracle(answers, perfect))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ BITS = [*(1 << bit for bit in range(31)), -(1 << 31)]  # of an int32, lowest fir
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+
+Draw = Callable[[Tensor, SamplingParams, int], int]  # draw_row, and other bodies of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +61,28 @@ class SampledToken:
     top: tuple[ScoredToken, ...]
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
-    """logits [len(rows), vocab] fp32, finite. One token for each row; rows never influence one another."""
-    best = logits.argmax(-1).tolist()
-    return [_sample_row(logits[i], row, best[i]) for i, row in enumerate(rows)]
+def draw_row(logits: Tensor, params: SamplingParams, key: int) -> int:
+    """logits [vocab] fp32, some of them finite and none NaN -> the token that `params`, which are not greedy, and `noise_key` make of them."""
+    return _draw(_filter(logits / params.temperature, params), key)
 
 
-def _sample_row(logits: Tensor, row: SampleRow, best: int) -> SampledToken:
+def sample(
+    logits: Tensor,  # [len(rows), vocab] fp32, finite
+    rows: Sequence[SampleRow],
+    draw: Draw = draw_row,  # or another body of it
+) -> list[SampledToken]:
+    """One token for each row; rows never influence one another."""
+    return [_sample_row(logits[i], row, draw) for i, row in enumerate(rows)]
+
+
+def _sample_row(logits: Tensor, row: SampleRow, draw: Draw) -> SampledToken:
     params = row.sampling
     is_plain = not (params.has_penalties or params.logit_bias or row.blocked_ids or row.mask is not None)
     adjusted = logits if is_plain else _adjust(logits, row)
     if params.is_greedy:
-        token = best if is_plain else int(adjusted.argmax())
+        token = int(adjusted.argmax())
     else:
-        token = _draw(_filter(adjusted / params.temperature, params), row)
+        token = draw(adjusted, params, noise_key(params.seed, row.choice, row.position))
     if params.logprobs is None:
         return SampledToken(token, None, ())
     logprobs = logits.log_softmax(-1)
@@ -123,9 +133,8 @@ def _filter(scores: Tensor, params: SamplingParams) -> Tensor:
     return scores
 
 
-def _draw(scores: Tensor, row: SampleRow) -> int:
+def _draw(scores: Tensor, key: int) -> int:
     """argmax(scores + noise), the noise computed only for tokens that can still win."""
-    key = noise_key(row.sampling.seed, row.choice, row.position)
     best = scores.argmax()
     floor = scores[best] + gumbel(key, best[None])[0] - GUMBEL_MAX
     candidates = (scores >= floor).nonzero().squeeze(1)

@@ -57,7 +57,7 @@ class CompiledTransformer:
             batch.block_tables.shape[1], batch.logit_rows.ctypes.data, values.data_ptr(), best.ctypes.data,
         )  # fmt: skip
         self._engine.run(self._model, native.pool_of(pool.raw, pool.layout), step)
-        return Logits(values, best)
+        return Logits(values, best, native.draw)
 
     # -- packing
 

@@ -6,6 +6,7 @@
 
 #include "attend_few.h"
 #include "attend_many.h"
+#include "draw.h"
 #include "matmul.h"
 #include "team.h"
 
@@ -480,7 +481,7 @@ private:
 
 extern "C" {
 
-int splitfire_version() { return 2; }  // of what stands here and in step.py
+int splitfire_version() { return 3; }  // of what stands here and in step.py
 
 bool splitfire_runs_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -493,6 +494,9 @@ void splitfire_end(void* engine) { delete static_cast<StepEngine*>(engine); }
 void splitfire_step(void* engine, const Model* model, const Pool* pool, const Step* step) {
     static_cast<StepEngine*>(engine)->run(*model, *pool, *step);
 }
+
+// The token, or -1 where nothing may be drawn.
+int64_t splitfire_draw(const Draw* draw) { return draw_token(*draw); }
 
 // Whether products and attention may be asked for in bf16.
 bool splitfire_has_bf16_units() { return HAS_BF16_UNITS; }

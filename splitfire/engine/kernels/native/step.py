@@ -6,15 +6,17 @@ The structures are twins of those in step.cpp, matmul.h and attend.h; whoever fi
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_bool, c_float, c_int64, c_void_p
+import math
+from ctypes import POINTER, Structure, c_bool, c_float, c_int64, c_uint64, c_void_p
 
 import torch
 from torch import Tensor
 
 from splitfire.core.layout import DTYPE_BYTES, KvLayout
+from splitfire.core.sampling import SamplingParams
 from splitfire.engine.kernels.native import load_library
 
-VERSION = 2  # of what step.cpp and this file agree on
+VERSION = 3  # of what step.cpp and this file agree on
 PANEL, LANES = 32, 16  # of matmul.h
 MAX_HEAD_DIM, LEAST_BLOCK = 256, 8  # of attend.h
 MAX_GROUP = 48  # query heads of one KV head: MAX_ROWS of attend.h
@@ -73,6 +75,15 @@ class Step(Structure):
     )
 
 
+class Draw(Structure):
+    """draw.h's."""
+
+    _fields_ = (
+        ("logits", c_void_p), ("vocab", c_int64), ("temperature", c_float), ("top_k", c_int64), ("top_p", c_float), ("min_p", c_float),
+        ("key", c_uint64),
+    )  # fmt: skip
+
+
 def _load() -> ctypes.CDLL | None:
     """Of the two builds the one for processors with bf16 units, where they are."""
     for name in ("_step_bf16", "_step"):
@@ -85,6 +96,7 @@ def _load() -> ctypes.CDLL | None:
         library.splitfire_step.argtypes = (c_void_p, POINTER(Model), POINTER(Pool), POINTER(Step))
         library.splitfire_multiply.argtypes = (c_void_p, POINTER(Matrix), c_void_p, c_int64, c_void_p)
         library.splitfire_step.restype = library.splitfire_multiply.restype = None
+        library.splitfire_draw.argtypes, library.splitfire_draw.restype = (POINTER(Draw),), c_int64
         if library.splitfire_runs_here():
             return library
     return None
@@ -101,6 +113,18 @@ def is_available() -> bool:
 def has_bf16_units() -> bool:
     """Whether products and attention can be computed in bf16."""
     return _library is not None and bool(_library.splitfire_has_bf16_units())
+
+
+def draw(logits: Tensor, params: SamplingParams, key: int) -> int:
+    """kernels/sample.py's `draw_row`."""
+    assert _library is not None
+    assert logits.dtype == torch.float32 and logits.is_contiguous()
+    min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
+    row = Draw(logits.data_ptr(), logits.numel(), params.temperature, params.top_k, params.top_p, min_p, key)
+    token = int(_library.splitfire_draw(row))
+    if token < 0:
+        raise ValueError("no token may be drawn")
+    return token
 
 
 class StepEngine:
