@@ -65,6 +65,22 @@ def test_equal_scores_rank_by_their_ids() -> None:
         check(logits, SamplingParams(top_p=0.305), seed)
 
 
+@pytest.mark.parametrize(
+    "params", [SamplingParams(top_p=5e-324), SamplingParams(temperature=100.0, top_p=5e-324, top_k=3, min_p=1.0)]
+)
+def test_the_most_likely_token_survives_any_filter(params: SamplingParams) -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    assert native.draw(logits, params, 1) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("params", FILTERS)
+def test_logits_that_a_penalty_made_infinite_are_drawn_from(params: SamplingParams) -> None:
+    """By a repetition penalty of next to nothing."""
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    logits[[40, 41, 200]] = torch.inf
+    check(logits, params, 3)
+
+
 def test_where_nothing_may_be_drawn_it_says_so() -> None:
     with pytest.raises(ValueError, match="no token"):
         native.draw(torch.full((40,), -torch.inf), SamplingParams(), 1)

@@ -299,9 +299,9 @@ def _decide(
     while is_open:
         score = tl.max(scores_of(source, mask, is_masked, temperature, candidate + tl.arange(0, 1), vocab, HAS_MASKS), 0)
         number, before, mass = above(source, mask, is_masked, temperature, score, candidate, vocab, high, PIECE, HAS_MASKS)
-        survives = (score >= high + min_p) & ((number < top_k) | (not has_rank))
-        # Whatever survives top-k has at least the mass up to here: that may be enough to know.
-        if survives & (top_p < 1.0) & (before >= top_p * mass):
+        survives = ((min_p == float("-inf")) | (score >= high + min_p)) & ((number < top_k) | (not has_rank))
+        # The first of all survives whatever top-p is; and `mass` is part of what survives top-k, so it may be enough to know.
+        if survives & (top_p < 1.0) & (before > 0.0) & (before >= top_p * mass):
             if all_mass == 0.0:
                 low = float("-inf")
                 if has_rank:

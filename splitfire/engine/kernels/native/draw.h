@@ -148,8 +148,9 @@ int64_t draw_token(const Draw& draw) {
     while (is_filtered && candidate >= 0) {
         const float score = draw.logits[candidate] / draw.temperature;
         const Above above = look_above(draw, score, candidate, high);
-        bool survives = score >= high + draw.min_p && (!has_rank || above.count < draw.top_k);
-        if (survives && draw.top_p < 1.0f && above.before >= draw.top_p * above.mass) {  // else it has enough of whatever survives top-k
+        bool survives = (draw.min_p == -INFINITY || score >= high + draw.min_p) && (!has_rank || above.count < draw.top_k);
+        // The first of all survives whatever top-p is; and `mass` is part of what survives top-k, so it may be enough to know.
+        if (survives && draw.top_p < 1.0f && above.before > 0.0 && above.before >= draw.top_p * above.mass) {
             if (all == 0.0) all = look_above(draw, has_rank ? score_of_rank(draw, draw.top_k) : -INFINITY, 0, high).mass;
             survives = above.before < draw.top_p * all;
         }
