@@ -71,7 +71,7 @@ def attention_types(element: str, *more: str) -> dict[str, str]:
     return types | dict.fromkeys(("block_stride", "side_stride", "scale_block_stride", "scale_side_stride"), "i64")
 
 
-def launches() -> Iterator[Launch]:
+def launches(target: str) -> Iterator[Launch]:
     kernels = "splitfire.engine.kernels.gpu."
     yield Launch(
         "cut", kernels + "spans", "_cut",
@@ -82,18 +82,20 @@ def launches() -> Iterator[Launch]:
     for number, name in enumerate(FORMATS):
         for dim in (64, 128):
             common = dict(FORMAT=number, GROUP=4, BLOCK_SIZE=32, UNIT=64, DIM=dim, WIDTH=dim)
-            is_wide = name != "bf16" and dim > 64  # attend_decode.num_warps, attend_prefill.prefill_rows
+            is_quantised, is_wide = name != "bf16", dim > 64  # attend_decode.num_warps, attend_prefill.prefill_rows
             for rows in (16, 64):
                 types = attention_types(ELEMENTS[name], "partial_mixed", "partial_states") | dict(num_kv_heads="i32")
                 types = {{"ends_of": "unit_ends"}.get(key, key): value for key, value in types.items()}
                 yield Launch(
                     f"attend_decode {name} D{dim} rows {rows}", kernels + "attend_decode", "_attend", types,
-                    common | dict(ROWS=rows, HAS_WINDOW=False), dict(num_warps=8 if is_wide else 4), has_products=True,
+                    common | dict(ROWS=rows, HAS_WINDOW=False), dict(num_warps=8 if rows >= 64 or (is_quantised and is_wide) else 4),
+                    has_products=True,
                 )  # fmt: skip
             types = {{"ends_of": "tile_ends"}.get(key, key): value for key, value in attention_types(ELEMENTS[name]).items()}
             yield Launch(
                 f"attend_prefill {name} D{dim}", kernels + "attend_prefill", "_attend", types,
-                common | dict(ROWS=64 if is_wide else 128, HAS_WINDOW=False), dict(num_warps=8, num_stages=3), has_products=True,
+                common | dict(ROWS=64 if is_quantised or (is_wide and target != "sm_90") else 128, HAS_WINDOW=False),
+                dict(num_warps=8, num_stages=3), has_products=True,
             )  # fmt: skip
         yield Launch(
             f"rope_norm_write {name}", kernels + "rope_norm_write", "_rope_norm_write",
@@ -186,10 +188,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", help="kernels whose name has this")
     parser.add_argument("--quick", action="store_true", help="of each kernel the first configuration")
     args = parser.parse_args(argv)
-    wanted = [launch for launch in launches() if args.only in launch.name]
-    if args.quick:
-        wanted = list({(launch.module, launch.function): launch for launch in reversed(wanted)}.values())
-    jobs = [(launch, target) for target in args.target or TARGETS for launch in wanted]
+    jobs = []
+    for target in args.target or TARGETS:
+        wanted = [launch for launch in launches(target) if args.only in launch.name]
+        if args.quick:
+            wanted = list({(launch.module, launch.function): launch for launch in reversed(wanted)}.values())
+        jobs += [(launch, target) for launch in wanted]
     with ProcessPoolExecutor() as pool:
         compiled = list(pool.map(compile_launch, *zip(*jobs, strict=True)))
     Console(width=160).print(report(compiled))

@@ -60,14 +60,14 @@ def check(logits: Tensor, rows: list[SampleRow]) -> None:
     torch.testing.assert_close(drawn.logprobs, torch.tensor([w.logprob for w in want]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("vocab", [1, 31, 128, 129, 1000])
+@pytest.mark.parametrize("vocab", [1, 31, 128, 129, 400])
 def test_it_is_the_token_of_the_reference(vocab: int) -> None:
     torch.manual_seed(vocab)
     rows = [row(seed, params) for seed in range(3) for params in FILTERS if params.get("top_k", 0) <= vocab]
     check(torch.randn(len(rows), vocab) * 3, rows)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(2, 200), st.sampled_from([0.1, 1.0, 30.0]))
 def test_it_is_so_for_any_seed_and_spread(seed: int, vocab: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(seed)

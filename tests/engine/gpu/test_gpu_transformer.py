@@ -14,7 +14,7 @@ from tests.checkpoints import family_configs, save_checkpoint
 from tests.engine.bench import Bench, Piece, prompts_of
 from tests.engines import load_model
 
-FAMILIES = ("llama-tied-bias", "mistral-window", "qwen2-window", "qwen3")
+FAMILIES = ("llama-tied-bias", "qwen2-window", "qwen3")
 
 
 def twin(model: Transformer) -> GpuTransformer:

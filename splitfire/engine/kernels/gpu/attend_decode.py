@@ -52,9 +52,10 @@ class Partials:
         )
 
 
-def num_warps(cache: LayerCache) -> int:
-    """Of `attend_decode`. With four, widening into vectors of 128 spills 4 to 8 bytes a thread on sm_90 (ptxas, 2026-11)."""
-    return 8 if cache.scales is not None and cache.elements.shape[-1] > 64 else 4
+def num_warps(cache: LayerCache, rows: int) -> int:
+    """Of `attend_decode`. With four, 64 rows spill up to 264 bytes a thread on sm_80, and widening into vectors of 128 spills 8 on sm_90
+    (ptxas, 2026-11)."""
+    return 8 if rows >= 64 or (cache.scales is not None and cache.elements.shape[-1] > 64) else 4
 
 
 def attend_decode(
@@ -89,7 +90,7 @@ def attend_decode(
     )
     _attend[shape.programs,](
         q, q.stride(0), out, raw, scales, *places, partials.mixed, partials.states, factor, window or NO_WINDOW, *strides, num_kv_heads,
-        raw_format, group, shape.rows, block_size, UNIT, head_dim, width, window is not None, num_warps=num_warps(cache),
+        raw_format, group, shape.rows, block_size, UNIT, head_dim, width, window is not None, num_warps=num_warps(cache, shape.rows),
     )  # fmt: skip
     _merge[shape.programs,](
         out, spans.begins, spans.ends, spans.contexts, cut.unit_ends, spans.capacity, partials.mixed, partials.states, window or NO_WINDOW,

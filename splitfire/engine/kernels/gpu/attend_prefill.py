@@ -15,8 +15,11 @@ from splitfire.engine.pool import LayerCache
 
 
 def prefill_rows(cache: LayerCache) -> int:
-    """Of a tile. 128 spill 96 to 144 bytes a thread on sm_90 where elements are widened into vectors of 128 (ptxas, 2026-11)."""
-    return 64 if cache.scales is not None and cache.elements.shape[-1] > 64 else 128
+    """Of a tile. Where elements are widened 128 rows spill 96 to 168 bytes a thread, and on GPUs before Hopper where a vector has 128 of
+    them (ptxas, 2026-11)."""
+    elements = cache.elements
+    is_older = elements.is_cuda and torch.cuda.get_device_capability(elements.device)[0] < 9
+    return 64 if cache.scales is not None or (is_older and elements.shape[-1] > 64) else 128
 
 
 def prefill_tile_tokens(group: int, cache: LayerCache) -> int:
