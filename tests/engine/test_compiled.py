@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaConfig
 
 from splitfire.engine.kernels.linear import Int8Matrix, Matrix, linear, quantise_rows
 from splitfire.engine.kernels.native import step as native
@@ -159,6 +160,20 @@ def test_no_batch_chunk_or_thread_changes_a_bit(dtype: str, rounds: bool, thread
             assert torch.equal(logits.values, want[rows])
             assert logits.best.tolist() == want[rows].argmax(-1).tolist()
     assert all(torch.equal(bench.kv(i), alone.kv(i)) for i in range(len(prompts)))
+
+
+@IS_ROUNDED
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_one_token_of_many_heads_is_many_rows(dtype: str, rounds: bool, tmp_path: Path) -> None:
+    """40 heads share one of KV: a token's rows fill the lanes, and all of them see all there is, an odd number of tokens too."""
+    config = LlamaConfig(**{**family_configs()["multi-query"].to_dict(), "hidden_size": 640, "num_attention_heads": 40, "head_dim": 16})
+    save_checkpoint(config, tmp_path)
+    model = load_compiled(tmp_path, "bf16" if rounds else "fp32", num_threads=1, rounds=rounds)
+    prompts = prompts_of(69)
+    whole, stepwise = Bench(model, dtype, prompts), Bench(model, dtype, prompts)
+    want = whole.whole()
+    got = torch.cat([stepwise.step([Piece(0, at, at + 1)]).values for at in range(69)])
+    assert torch.equal(got, want)
 
 
 def test_a_long_context_is_shared_by_threads_and_says_the_same() -> None:

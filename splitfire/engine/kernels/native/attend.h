@@ -110,12 +110,13 @@ public:
             if (++next_ == num_runs_) next_ = 0, offset_ += 64;
         }
     }
-    // One of the runs, and all of it.
+    // One of the runs, and all of it; or what is left of them. For who does not fetch by lines.
     void fetch_run() {
         if (next_ == num_runs_) return;
         const auto& [from, bytes] = runs_[next_++];
         for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(from + at), _MM_HINT_T1);
     }
+    void fetch_runs() { while (next_ < num_runs_) fetch_run(); }
     void fetch_rest() { fetch(num_runs_ * (longest_ / 64 + 1)); }
 
 private:

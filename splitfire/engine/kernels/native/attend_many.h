@@ -26,8 +26,12 @@ struct Crowd {
     }
 
     void begin(const Attention& task, int64_t begin) {
-        sees_all = task.low(task.rows - 1) <= begin && task.seen(0, begin) == task.context.part_size(begin / PART);
-        if (sees_all) return;  // nobody asks for the others then
+        const int64_t count = task.context.part_size(begin / PART);
+        sees_all = task.low(task.rows - 1) <= begin && task.seen(0, begin) == count;
+        if (sees_all) {  // as nearly always: no row needs to be looked at
+            for (int v = 0; v < VECTORS; ++v) low[v] = _mm512_setzero_si512(), seen[v] = _mm512_set1_epi32(int32_t(count));
+            return;
+        }
         alignas(64) int32_t from[STRIDE] = {}, to[STRIDE] = {};
         for (int64_t row = 0; row < task.rows; ++row) {
             from[row] = int32_t(std::clamp<int64_t>(task.low(row) - begin, 0, PART)), to[row] = int32_t(task.seen(row, begin));
@@ -255,7 +259,7 @@ template <Kv FORMAT, bool DOTS> void attend_many(const Attention& task, Scratch&
         if (!task.partials) crowd.take();
         if constexpr (DOTS) pair_part<FORMAT>(values, head_dim, scratch.values);
         else widen_part<FORMAT>(values, head_dim, scratch.values);
-        for (int64_t run = 0; run < TILE_TOKENS; ++run) scratch.fetcher.fetch_run();  // of small blocks there are more
+        scratch.fetcher.fetch_runs();
         mix_many<DOTS>(task, crowd, begin, scratch);
         if (!task.partials) continue;
         alignas(64) float maximum[STRIDE], weight[STRIDE];
