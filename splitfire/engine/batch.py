@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from splitfire.engine.lanes import Ints
+from splitfire.engine.lanes import NOBODY, Ints
 from splitfire.engine.scheduler import Slice, Step
 
 
@@ -17,7 +17,7 @@ class StepBatch:
     """Rows are the tokens that get KV in this step, one sequence after the other: first those that decode, a row each, then
     the others. Valid until the step is over: tables are the engine's own, and change with the next schedule."""
 
-    token_ids: Ints  # [num_rows]
+    token_ids: Ints  # [num_rows]; NOBODY where the step in flight decides
     positions: Ints  # [num_rows] of each token in its sequence
     query_begins: Ints  # [num_sequences + 1]: rows [query_begins[i], query_begins[i + 1]) are of sequence i
     context_lens: Ints  # [num_sequences] tokens to attend to, those of this step included
@@ -31,17 +31,18 @@ def batch_of(step: Step) -> StepBatch:
     """The arrays of a step. Those of sequences that decode are read from their lanes as a whole."""
     columns, lanes = step.lanes, step.decoding.lanes
     num_decoding = len(lanes)
-    num_tokens = columns.num_tokens[lanes]
+    num_tokens, newest = columns.num_tokens[lanes], columns.newest[lanes]
+    pending = columns.num_in_flight[lanes]
+    if pending.any():
+        num_tokens, newest = num_tokens + pending, np.where(pending > 0, NOBODY, newest)
     begins = np.arange(num_decoding + 1)
     if not step.slices:
-        return StepBatch(
-            columns.newest[lanes], num_tokens - 1, begins, num_tokens, lanes, columns.block_tables, begins[:-1], num_decoding
-        )
+        return StepBatch(newest, num_tokens - 1, begins, num_tokens, lanes, columns.block_tables, begins[:-1], num_decoding)
     pieces = step.slices
     lens = np.array([piece.num_rows for piece in pieces])
     ends = num_decoding + lens.cumsum()
     return StepBatch(
-        np.concatenate((columns.newest[lanes], *(_token_ids(piece) for piece in pieces))),
+        np.concatenate((newest, *(_token_ids(piece) for piece in pieces))),
         np.concatenate((num_tokens - 1, *(np.arange(piece.begin, piece.begin + piece.num_rows) for piece in pieces))),
         np.concatenate((begins, ends)),
         np.concatenate((num_tokens, np.array([piece.begin + piece.num_rows for piece in pieces]))),

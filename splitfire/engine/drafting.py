@@ -39,6 +39,12 @@ class Speculator(Protocol):
         """Drafts for sequences that decode in the next step, `room` tokens in all at most. The engine cuts what does not fit a
         sequence's max_tokens or the pool."""
 
+    def can_skip(self, num_decoding: int) -> bool:
+        """Whether `propose` would return nothing for so many sequences, whatever they are. Then `skip` may be called instead."""
+
+    def skip(self, num_decoding: int) -> None:
+        """A step that will have no drafts."""
+
     def verified(self, results: Seq[Verified], num_rows: int, duration_s: float) -> None:
         """After a step of `num_rows` rows, for every sequence that decoded in it."""
 

@@ -66,7 +66,7 @@ def _draw_decoding(rows: Logits, step: Step) -> tuple[Ints, dict[int, Drawn]]:
     columns, lanes = step.lanes, step.decoding.lanes
     token_ids = rows.best[: len(lanes)]
     is_finite = token_ids >= 0
-    is_plain = is_finite & (columns.greedy_from[lanes] <= columns.num_tokens[lanes])
+    is_plain = is_finite & ((columns.plain_from if rows.is_drawn else columns.greedy_from)[lanes] <= columns.num_tokens[lanes])
     if is_plain.all():
         return token_ids, {}
     others = {i: Drawn((), "nonfinite_logits") for i in (~is_finite).nonzero()[0].tolist()}
@@ -93,9 +93,9 @@ def _draw_slice(rows: Logits, begin: int, piece: Slice) -> Drawn:
         return Drawn((), "nonfinite_logits")
     if piece.sequence.forks:
         return _draw_forks(rows, begin, piece)
-    greedy_from = piece.sequence.greedy_from
-    if greedy_from is not None and piece.end >= greedy_from:
-        return Drawn(_verify_greedy(rows, begin, piece))
+    plain_from = piece.sequence.plain_from if rows.is_drawn else piece.sequence.greedy_from
+    if plain_from is not None and piece.end >= plain_from:
+        return Drawn(_verify_plain(rows, begin, piece))
     try:
         row = _row(piece, 0)
     except ConstraintFailed as exc:
@@ -111,8 +111,8 @@ def _draw_forks(rows: Logits, row: int, piece: Slice) -> Drawn:
     return Drawn((), forks=tuple(Drawn((), "sampling_failed") if t is None else Drawn((t,)) for t in tokens))
 
 
-def _verify_greedy(rows: Logits, begin: int, piece: Slice) -> tuple[SampledToken, ...]:
-    """As `_verify`, where the most likely token is the one."""
+def _verify_plain(rows: Logits, begin: int, piece: Slice) -> tuple[SampledToken, ...]:
+    """As `_verify`, where each row's best token is the one."""
     best = rows.best[begin : begin + 1 + len(piece.drafts)].tolist()
     count = 1
     while count < len(best) and _goes_on(rows, begin + count, piece, count, best[count - 1]):

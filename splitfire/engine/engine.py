@@ -5,7 +5,10 @@ Life of a sequence here:
  2. `step` asks for drafts, schedules, runs the model, appends the drawn tokens (those drafts that were right, and one more),
     and reports what happened (updates.py).
  3. A PREFILL sequence is held after its first token, until `finish`; a GENERATE sequence finishes by itself.
- 4. `finish` ends any sequence at any time; its blocks are free when it returns.
+ 4. `finish` ends any sequence at any time; its blocks are free when it returns, or when the step in flight is over.
+
+Where the runner can, the next step is scheduled and launched while one runs: it has the same sequences, whose newest tokens only
+the device knows. Who ends meanwhile is computed once too often, and nothing of that is told.
 
 The lock guards scheduler and block pool. It is never held while the model runs, so a grant waits for a schedule
 (well under a millisecond) and never for a forward pass.
@@ -15,12 +18,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
 
 from splitfire.engine.blocks import BlockPool
-from splitfire.engine.drafting import Speculator
+from splitfire.engine.drafting import Draft, Speculator
 from splitfire.engine.lending import Lending, Reservation
 from splitfire.engine.proposals import Proposals
-from splitfire.engine.runner import Runner
+from splitfire.engine.runner import Launched, StepRunner
 from splitfire.engine.scheduler import Budget, Scheduler, Step
 from splitfire.engine.sequence import SeqId, SequenceSpec
 from splitfire.engine.sequences import Sequences
@@ -31,12 +36,21 @@ MAX_CHUNK_S = 0.25  # cancel and admission are looked at between steps, so no st
 NOTHING = StepResult(PlainTokens(), (), 0, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that the device has."""
+
+    step: Step
+    launched: Launched
+    began: float
+
+
 class Engine:
     """One model, one pool. `step`, `add`, `join` and `finish` belong to the engine thread; the rest may be called anywhere."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         blocks: BlockPool,
         budget: Budget,
         clock: Callable[[], float],
@@ -55,6 +69,8 @@ class Engine:
         self._proposals = Proposals(speculator)
         self._prefill_rate = 0.0
         self._decode_rate = 0.0
+        self._ahead: _Flight | None = None  # launched behind the step whose results were told last
+        self._ended = -inf  # when that was
         self.on_started: Callable[[tuple[SeqId, ...]], None] = lambda ids: None
 
     # -- engine thread
@@ -81,22 +97,21 @@ class Engine:
         self._proposals.forget(seq_id)
 
     def step(self) -> StepResult:
-        """Computes one step. Blocks for as long as the model takes."""
-        began = self._clock()
-        lanes = self._scheduler.lanes
-        decoding = lanes.at(lanes.decoding.lanes) if self._proposals.is_on else []
-        drafts = self._proposals.ask(decoding, self._budget.chunk_tokens + self._budget.max_running - len(decoding))
-        with self.lock:
-            step = self._scheduler.schedule(self._chunk_limit(), drafts)
-        if not step.num_rows:
+        """One step's results. Blocks for as long as the model takes, and leaves the device the next step where that may be."""
+        flight = self._ahead or self._launch()
+        self._ahead = None
+        if flight is None:
             return NOTHING
-        self._start(step, began)
-        drawn = self.runner.run(step)
+        step = flight.step
+        if self.runner.runs_ahead and self._scheduler.may_run_behind(step) and self._proposals.can_skip(len(step.decoding)):
+            self._ahead = self._launch(is_behind=True)
+        drawn = flight.launched.tokens()
         ended = self._clock()
         with self.lock:
             plain, events = self._sequences.update(step, drawn, ended)
             self._proposals.count(events)
-        result = StepResult(plain, tuple(events), step.num_rows, ended - began)
+        result = StepResult(plain, tuple(events), step.num_rows, ended - max(flight.began, self._ended))
+        self._ended = ended
         self._measure(step, result)
         self._proposals.tell(result)
         return result
@@ -122,6 +137,25 @@ class Engine:
             return self._proposals.counts()
 
     # -- inside
+
+    def _launch(self, *, is_behind: bool = False) -> _Flight | None:
+        """The next step, given to the device; None when nothing can run. One behind another has no drafts: they follow its tokens."""
+        began = self._clock()
+        drafts: Mapping[SeqId, Draft] = {}
+        if is_behind:
+            self._proposals.skip(len(self._scheduler.lanes.decoding))
+        elif self._proposals.is_on:
+            lanes = self._scheduler.lanes
+            decoding = lanes.at(lanes.decoding.lanes)
+            drafts = self._proposals.ask(decoding, self._budget.chunk_tokens + self._budget.max_running - len(decoding))
+        with self.lock:
+            step = self._scheduler.schedule(self._chunk_limit(), drafts)
+        if not step.num_rows:
+            return None
+        self._start(step, began)
+        launched = self.runner.launch(step)
+        self._scheduler.launched(step)
+        return _Flight(step, launched, began)
 
     def _chunk_limit(self) -> int | None:
         """Tokens that MAX_CHUNK_S is enough for at the measured rate, in whole blocks; None until measured."""

@@ -54,11 +54,15 @@ class Lanes:
         self.ends_at = np.zeros(num_lanes, np.int64)  # tokens, the last without KV; 0 when nobody has the lane
         self.commits_at = np.zeros(num_lanes, np.int64)  # computed tokens by which another block is full
         self.greedy_from = np.zeros(num_lanes, np.int64)  # tokens from which the next one is the plain argmax
+        self.plain_from = np.zeros(num_lanes, np.int64)  # tokens from which it takes no more than logits and sampling parameters
+        self.num_in_flight = np.zeros(num_lanes, np.int64)  # steps that were launched and are not over
         self.stop_ids = np.full((num_lanes, 2), NOBODY)
         self.block_tables = np.zeros((num_lanes, 16), np.int32)  # what is past a sequence's blocks is anything
+        self.new_from = np.full(num_lanes, NEVER)  # logical block from which a copy of the tables (device/) is out of date
         self._appends: list[Append] = [_nobody] * num_lanes
         self._free = list(range(num_lanes))[::-1]
         self._is_decoding = np.zeros(num_lanes, np.bool_)
+        self._is_leaving = np.zeros(num_lanes, np.bool_)
         self._decoding: Decoding | None = None  # until who decodes changes
 
     @property
@@ -77,6 +81,19 @@ class Lanes:
             self._decoding = Decoding(lanes, _pick(self._appends, lanes))
         return self._decoding
 
+    @property
+    def nothing(self) -> Decoding:
+        return Decoding(np.zeros(0, np.int64), [])
+
+    @property
+    def runnable(self) -> Decoding:
+        """Those of `decoding` that go on even if no token in flight ends them."""
+        decoding = self.decoding
+        pending = self.num_in_flight[decoding.lanes]
+        if not pending.any():
+            return decoding
+        return decoding.where(self.num_tokens[decoding.lanes] + pending < self.ends_at[decoding.lanes])
+
     def at(self, lanes: Ints) -> list[Sequence]:
         """Only taken lanes may be asked for."""
         return _pick(self.sequences, lanes)  # type: ignore[arg-type]
@@ -91,6 +108,7 @@ class Lanes:
         self.seq_ids[lane] = spec.seq_id
         self.ends_at[lane] = spec.ends_at
         self.greedy_from[lane] = sequence.greedy_from if sequence.greedy_from is not None else NEVER
+        self.plain_from[lane] = sequence.plain_from if sequence.plain_from is not None else NEVER
         stop_ids = sorted(spec.stopping.stop_token_ids)
         self.stop_ids = _widened(self.stop_ids, len(stop_ids), NOBODY)
         self.stop_ids[lane] = NOBODY
@@ -105,14 +123,24 @@ class Lanes:
         self._appends[lane] = _nobody
         self._free.append(lane)
         self.ends_at[lane] = 0
-        self._is_decoding[lane] = False
+        self._is_decoding[lane] = self._is_leaving[lane] = False
         self._decoding = None
         sequence.lane = -1
         sequence.is_decoding = False
 
+    def retire(self, sequence: Sequence) -> None:
+        """It has ended, but a step in flight writes into its blocks: until that is over it keeps the lane and does nothing."""
+        self._is_leaving[sequence.lane] = True
+        self._is_decoding[sequence.lane] = False
+        self._decoding = None
+
+    def is_leaving(self, lanes: Ints) -> NDArray[np.bool_]:
+        return self._is_leaving[lanes]
+
     def decode(self, sequence: Sequence) -> None:
         """From now on it is one of `decoding`."""
         sequence.is_decoding = True
+        self.new_from[sequence.lane] = 0
         self.seq_ids[sequence.lane] = sequence.spec.seq_id  # of several choices, it may have become one meanwhile
         self.update(sequence)
         self._is_decoding[sequence.lane] = True
@@ -130,12 +158,13 @@ class Lanes:
         lane, ids = sequence.lane, sequence.block_ids
         self.block_tables = _widened(self.block_tables, len(ids), 0)
         self.block_tables[lane, first : len(ids)] = ids[first:]
+        self.new_from[lane] = min(self.new_from[lane], first)
         self.room[lane] = len(ids) * self.block_size
 
     def short(self) -> list[Sequence]:
-        """Decoding sequences whose newest token has no block."""
-        lanes = self.decoding.lanes
-        return self.at(lanes[self.num_tokens[lanes] > self.room[lanes]])
+        """Runnable sequences whose newest token, which may be in flight, has no block."""
+        lanes = self.runnable.lanes
+        return self.at(lanes[self.num_tokens[lanes] + self.num_in_flight[lanes] > self.room[lanes]])
 
     def append(self, decoding: Decoding, token_ids: Ints) -> Appended:
         """One more token for each."""
@@ -168,9 +197,10 @@ class Lanes:
             assert self.block_tables[lane, : len(ids)].tolist() == ids
             assert self.room[lane] == len(ids) * self.block_size >= sequence.num_computed
             assert self.commits_at[lane] == (sequence.num_committed_blocks + 1) * self.block_size
-            assert self._is_decoding[lane] == sequence.is_decoding
+            assert self._is_decoding[lane] == (sequence.is_decoding and not self._is_leaving[lane])
+            assert self.num_in_flight[lane] > 0 or not self._is_leaving[lane]
             assert self.seq_ids[lane] == sequence.spec.seq_id
-        assert self.at(self.decoding.lanes) == [s for s in taken if s.is_decoding]
+        assert self.at(self.decoding.lanes) == [s for s in taken if self._is_decoding[s.lane]]
 
 
 @dataclass(frozen=True, slots=True)

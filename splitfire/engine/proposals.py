@@ -26,6 +26,15 @@ class Proposals:
     def is_on(self) -> bool:
         return self._speculator is not None
 
+    def can_skip(self, num_decoding: int) -> bool:
+        """Whether the next step for so many sequences would have no drafts whatever their newest tokens are."""
+        return self._speculator is None or self._speculator.can_skip(num_decoding)
+
+    def skip(self, num_decoding: int) -> None:
+        """A step that nobody was asked about."""
+        if self._speculator is not None:
+            self._speculator.skip(num_decoding)
+
     def ask(self, decoding: Seq[Sequence], room: int) -> Mapping[SeqId, Draft]:
         """For the next step, in which at most these decode."""
         if self._speculator is None or not decoding:

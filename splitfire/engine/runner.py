@@ -6,6 +6,7 @@ the device replaces this file and nothing above it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -28,12 +29,53 @@ class Model(Protocol):
         """Writes the KV of every row into the pool; logits of those that are asked for."""
 
 
+class Launched(Protocol):
+    """A step that was given to the device."""
+
+    def tokens(self) -> StepTokens:
+        """Waits for what it comes to. To be called once."""
+
+
+class StepRunner(Protocol):
+    """`Runner`, and what takes its place (device/runner.py)."""
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def pool(self) -> KvPool: ...
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the tokens of the one before it are known here."""
+
+    def launch(self, step: Step) -> Launched: ...
+
+    def run(self, step: Step) -> StepTokens:
+        """`launch`, and wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step whose results are there."""
+
+    result: StepTokens
+
+    def tokens(self) -> StepTokens:
+        return self.result
+
+
 class Runner:
-    """Owns the model and the pool's bytes."""
+    """Owns the model and the pool's bytes. Every step is over when it has been launched."""
+
+    runs_ahead = False
 
     def __init__(self, model: Model, pool: KvPool) -> None:
         self.model = model
         self.pool = pool
+
+    def launch(self, step: Step) -> Done:
+        return Done(self.run(step))
 
     def run(self, step: Step) -> StepTokens:
         """Computes the KV of every row, and a token, or several, for each sequence whose end the step reaches."""

@@ -23,7 +23,7 @@ import numpy as np
 from splitfire.core.lifecycle import Seq, SeqEvent
 from splitfire.engine.blocks import BlockCopy, BlockPool
 from splitfire.engine.drafting import Draft
-from splitfire.engine.lanes import Decoding, Lanes
+from splitfire.engine.lanes import Decoding, Ints, Lanes
 from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
 
 
@@ -90,6 +90,7 @@ class Scheduler:
         self.held: dict[SeqId, Sequence] = {}
         self.num_reserved = 0  # lanes promised to sequences whose KV is on its way
         self.num_preemptions = 0
+        self._leaving: list[Sequence] = []  # ended, while a step in flight still writes into their blocks
         self._num_queued_tokens = 0  # of `waiting`
 
     @property
@@ -145,8 +146,12 @@ class Scheduler:
         return [BlockCopy(*pair) for pair in zip(partial, own, strict=True)]
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes the sequence out, whatever its state, and gives its blocks back."""
-        if sequence.state is Seq.FINISHED:
+        """Takes the sequence out, whatever its state, and gives its blocks back: now, or when the step in flight is over."""
+        if sequence.state is Seq.FINISHED or sequence in self._leaving:
+            return
+        if sequence.state is Seq.RUNNING and self.lanes.num_in_flight[sequence.lane]:
+            self._leaving.append(sequence)
+            self.lanes.retire(sequence)
             return
         if sequence.state is Seq.WAITING:
             self.waiting.remove(sequence)
@@ -169,12 +174,34 @@ class Scheduler:
         self.prefilling.remove(sequence)
         self.lanes.decode(sequence)
 
+    def may_run_behind(self, step: Step) -> bool:
+        """Whether the next step can be scheduled while `step` runs: all of it decodes, and no token of it is drawn here."""
+        lanes = step.decoding.lanes
+        return not step.slices and bool((self.lanes.plain_from[lanes] <= self.lanes.num_tokens[lanes]).all())
+
+    def is_leaving(self, sequence: Sequence) -> bool:
+        """It has ended, while a step in flight had it."""
+        return sequence in self._leaving
+
+    def launched(self, step: Step) -> None:
+        """It is in flight: who is in it keeps lane and blocks until `landed`."""
+        self.lanes.num_in_flight[_lanes_of(step)] += 1
+
+    def landed(self, step: Step) -> None:
+        """The step is over."""
+        self.lanes.num_in_flight[_lanes_of(step)] -= 1
+        leaving, self._leaving = self._leaving, []
+        for sequence in leaving:
+            self.finish(sequence)
+
     def schedule(self, limit: int | None = None, drafts: Mapping[SeqId, Draft] | None = None) -> Step:
-        """The next step, blocks allocated; prompts fill it up to `limit` tokens. Without rows when there is nothing that can run."""
+        """The next step, blocks allocated; prompts fill it up to `limit` tokens. Without rows when there is nothing that can run,
+        or when somebody would have to give way who is in a step in flight."""
         chunk_tokens = min(self.budget.chunk_tokens, limit or self.budget.chunk_tokens)
         for sequence in sorted(self.lanes.short(), key=_order):
-            self._make_room(sequence)
-        decoding = self.lanes.decoding
+            if not self._make_room(sequence):
+                return Step(self.lanes, self.lanes.nothing, ())
+        decoding = self.lanes.runnable
         left = chunk_tokens - len(decoding)
         slices: list[Slice] = []
         for sequence in self.prefilling:
@@ -260,12 +287,16 @@ class Scheduler:
         alone = ~np.isin(step.decoding.lanes, [piece.sequence.lane for piece in verified])
         return Step(self.lanes, step.decoding.where(alone), [*verified, *step.slices])
 
-    def _make_room(self, sequence: Sequence) -> None:
-        """Gets the block for its newest token, if it must by preempting others, or itself."""
-        while sequence.state is Seq.RUNNING and not self._grow(sequence, sequence.num_tokens):
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Gets the block for its newest token, if it must by preempting others, or itself. False where a step in flight forbids that."""
+        num_tokens = sequence.num_tokens + int(self.lanes.num_in_flight[sequence.lane]) if sequence.state is Seq.RUNNING else 0
+        while sequence.state is Seq.RUNNING and not self._grow(sequence, num_tokens):
+            if self.lanes.num_in_flight.any():
+                return False
             # The newest of the lowest class. Never a prompt for another worker: the hand-off reads its blocks.
             victim = next(s for s in reversed(self.running) if s is sequence or s.spec.purpose is Purpose.GENERATE)
             self._preempt(victim)
+        return True
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         had = len(sequence.block_ids)
@@ -299,6 +330,12 @@ class Scheduler:
         sequence.block_ids = []
         sequence.prefilled = 0
         sequence.num_committed_blocks = 0
+
+
+def _lanes_of(step: Step) -> Ints:
+    if not step.slices:
+        return step.decoding.lanes
+    return np.array([*step.decoding.lanes.tolist(), *(piece.sequence.lane for piece in step.slices)])
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

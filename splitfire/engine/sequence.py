@@ -122,18 +122,17 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def greedy_from(self) -> int | None:
-        """Tokens from which on the next one is simply the most likely; None when there is more to it than that."""
+    def plain_from(self) -> int | None:
+        """Tokens from which on the next one takes no more than logits and sampling parameters; None when it always takes more."""
         params, stopping = self.spec.sampling, self.spec.stopping
-        if (
-            self.constraint is not None
-            or not params.is_greedy
-            or params.has_penalties
-            or params.logit_bias
-            or params.logprobs is not None
-        ):
+        if self.constraint is not None or params.has_penalties or params.logit_bias or params.logprobs is not None:
             return None
         return len(self.spec.prompt) + (stopping.min_tokens if stopping.stop_token_ids else 0)
+
+    @property
+    def greedy_from(self) -> int | None:
+        """Tokens from which on the next one is simply the most likely; None when there is more to it than that."""
+        return self.plain_from if self.spec.sampling.is_greedy else None
 
     def fork(self, fork: Fork, token: int, arrival: int) -> Sequence:
         """Another choice of the same prompt, with its own first token. It has no blocks yet."""

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from splitfire.core.lifecycle import Seq
 from splitfire.engine.blocks import BlockCopy
 from splitfire.engine.drawing import Drawn, StepTokens
 from splitfire.engine.kernels.sample import SampledToken
@@ -71,16 +70,30 @@ class Sequences:
             self._end(sequence)
 
     def update(self, step: Step, drawn: StepTokens, now: float) -> tuple[PlainTokens, list[SequenceUpdate]]:
-        """Takes in what a step came to."""
+        """Takes in what a step came to. Nothing is told of who ended while it was in flight."""
         events: list[SequenceUpdate] = []
-        plain = self._update_decoding(step.decoding, drawn, events, now)
+        decoding, drawn = self._of_those_here(step, drawn)
+        here = [not self._scheduler.is_leaving(piece.sequence) for piece in step.slices]
+        self._scheduler.landed(step)
+        plain = self._update_decoding(decoding, drawn, events, now)
         for i, piece in enumerate(step.slices):
             one = drawn.slices.get(i)
+            if not here[i]:
+                continue
             if one is not None and piece.sequence.forks:
                 events += self._update_choices(piece, one, now)
             else:
                 events.append(self._update(piece, one, now))
         return plain, events
+
+    def _of_those_here(self, step: Step, drawn: StepTokens) -> tuple[Decoding, StepTokens]:
+        is_leaving = self._scheduler.lanes.is_leaving(step.decoding.lanes)
+        if not is_leaving.any():
+            return step.decoding, drawn
+        keeps = ~is_leaving
+        places = keeps.cumsum() - 1
+        others = {int(places[i]): one for i, one in drawn.others.items() if keeps[i]}
+        return step.decoding.where(keeps), StepTokens(drawn.token_ids[keeps], others, drawn.slices)
 
     # -- what decodes
 
@@ -241,4 +254,3 @@ class Sequences:
     def _end(self, sequence: Sequence) -> None:
         self._drop(sequence)
         self._scheduler.finish(sequence)
-        assert sequence.state is Seq.FINISHED

@@ -36,6 +36,12 @@ class Oracle:
         self.heard: dict[SeqId, list[Verified]] = {}
         self.forgotten: list[SeqId] = []
 
+    def can_skip(self, num_decoding: int) -> bool:
+        return False
+
+    def skip(self, num_decoding: int) -> None:
+        """Never called."""
+
     def propose(self, decoding: Seq[Sequence], room: int) -> Mapping[SeqId, Draft]:
         assert room > 0
         drafts = {}

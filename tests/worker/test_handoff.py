@@ -387,6 +387,12 @@ class Echo:
         self.answer = answer
         self.num_proposed = 0
 
+    def can_skip(self, num_decoding: int) -> bool:
+        return False
+
+    def skip(self, num_decoding: int) -> None:
+        """Never called."""
+
     def propose(self, decoding: Sequence[EngineSequence], room: int) -> dict[SeqId, Draft]:
         self.num_proposed += 1
         drafts = {}

@@ -65,17 +65,24 @@ class BatchSpeculator:
 
     @property
     def _is_napping(self) -> bool:
-        return self._num_quiet > QUIET_STEPS and self._num_quiet % LONGEST_NAP != 0
+        return _naps(self._num_quiet)
 
     @property
     def num_followed(self) -> int:
         return len(self._followed)
 
+    def can_skip(self, num_decoding: int) -> bool:
+        is_alike = num_decoding == self._num_sequences
+        return (is_alike and _naps(self._num_quiet + 1)) or not self.controller.is_worthwhile(num_decoding)
+
+    def skip(self, num_decoding: int) -> None:
+        self._proposing_s = 0.0
+        self._num_quiet = self._num_quiet + 1 if num_decoding == self._num_sequences else 0
+        self._num_sequences = num_decoding
+
     def propose(self, decoding: Seq[Sequence], room: int) -> Mapping[SeqId, Draft]:
         controller, num_sequences = self.controller, len(decoding)
-        self._proposing_s = 0.0
-        self._num_quiet = self._num_quiet + 1 if num_sequences == self._num_sequences else 0
-        self._num_sequences = num_sequences
+        self.skip(num_sequences)
         if self._is_napping or not controller.is_worthwhile(num_sequences):
             return {}
         began = self._clock()
@@ -158,6 +165,11 @@ class BatchSpeculator:
             acceptance = Acceptance(self.shares[Predicted.source])
             drafters.append(Predicted(sequence.spec.predicted, len(sequence.spec.prompt), acceptance))
         return tuple(drafters)
+
+
+def _naps(num_quiet: int) -> bool:
+    """Whether nobody is asked in the step after so many quiet ones."""
+    return num_quiet > QUIET_STEPS and num_quiet % LONGEST_NAP != 0
 
 
 class _Followed:
