@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
 from kvtransfer.expectation import Expectation, Room
 from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64
 from kvtransfer.receiver import Receiver
 from splitfire.core.hashing import hash_blocks
-from splitfire.engine.kernels.pack import unpack
+from splitfire.engine.device_memory import on_handoff_stream
 from splitfire.engine.lending import Reservation
+from splitfire.engine.parallel.pack import unpack
 from splitfire.engine.sequence import SeqId
 from splitfire.v1 import kv_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Handoff, Job
+from splitfire.worker.transports import slot_tensor
 
 
 class Intake:
@@ -73,8 +73,9 @@ class Intake:
         reservation = self._reservation
         assert reservation is not None
         ids = reservation.block_ids[first_block : first_block + num_blocks]
-        payload = torch.frombuffer(blocks, dtype=torch.uint8)
-        return unpack(self._context.host.engine.runner.pool, ids, payload, digest=self._context.kv_digest)
+        pool = self._context.host.engine.runner.pool
+        with on_handoff_stream(pool.raw.device):
+            return unpack(pool, ids, slot_tensor(blocks), digest=self._context.kv_digest)
 
     def publish(self, first_block: int, num_blocks: int) -> None:
         reservation = self._reservation

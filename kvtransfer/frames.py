@@ -123,6 +123,14 @@ def data_offset(num_blocks: int) -> int:
     return -(-(_FRAME.size + _PAYLOAD.size + 8 * num_blocks) // ALIGN) * ALIGN
 
 
+def front_bytes(message: memoryview) -> int:
+    """How much of a message stands before its blocks, by what it says of itself; never more than there is of it."""
+    if len(message) < _FRAME.size + _PAYLOAD.size or _FRAME.unpack_from(message)[2] != PAYLOAD:
+        return min(len(message), _FRAME.size)
+    header = PayloadHeader(*_PAYLOAD.unpack_from(message, _FRAME.size))
+    return min(len(message), data_offset(max(0, header.num_blocks)))
+
+
 def blocks_per_slot(slot_bytes: int, block_bytes: int) -> int:
     """How many blocks fit one slot, headers included; 0 when not even one does."""
     count = slot_bytes // (block_bytes + 8)

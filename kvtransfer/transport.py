@@ -18,7 +18,8 @@ OnControl = Callable[[memoryview], None]
 
 @dataclass(frozen=True, slots=True)
 class SlotMemory:
-    """Memory of one slot. Who has `key` may reach it from another process of this host (`Link.reach`); empty where nobody can."""
+    """Memory of one slot. Who has `key` may reach it from another process of this host (`Link.reach`); empty where nobody can.
+    Of a slot on a device `buffer` is the twin (device_slots.py)."""
 
     buffer: memoryview
     key: bytes = b""

@@ -3,7 +3,8 @@
 What was learnt the hard way (docs/decisions/0003-ucx.md): endpoints made from worker addresses, with error handling on
 and allowed for the shared-memory transports, move 7-10 GB/s between processes; host:port endpoints fall to TCP. A dead
 peer is not reported on that path, and `close` may block, so links are parked, never closed. UCX prints its log to
-stdout unless told otherwise, before it is loaded.
+stdout unless told otherwise, before it is loaded. Slots may lie on a GPU: UCX then moves them by cuda_ipc, or through the host where
+it cannot, and writes to the peer rather than reads from it, because reading is off without NVLink.
 
 Runs on the io thread: progress when UCX's file descriptor is readable, and armed to sleep when nothing moves.
 """
@@ -15,6 +16,7 @@ import os
 import secrets
 import struct
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 import structlog
 
+from kvtransfer.device_slots import DeviceMemory, Twin, after_fetch, array_of, send_front
 from kvtransfer.frames import MAX_FRAME_BYTES
 from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from splitfire.core.errors import ConfigError, Unavailable
@@ -70,13 +73,16 @@ class _Arriving:
 
 
 class UcxTransport:
-    """One UCX worker. `devices` bounds which network devices it may listen and connect on (`lo` for one host)."""
+    """One UCX worker. `devices` bounds which network devices it may listen and connect on (`lo` for one host). With
+    `allocate_on_device` its slots are not in host memory."""
 
     name = "ucx"
 
-    def __init__(self, devices: str | None = None) -> None:
+    def __init__(self, devices: str | None = None, allocate_on_device: Callable[[int], DeviceMemory] | None = None) -> None:
         _check_devices(devices)
         options = {"NET_DEVICES": devices} if devices else {}
+        if allocate_on_device is not None and "UCX_RNDV_SCHEME" not in os.environ:
+            options["RNDV_SCHEME"] = "put_zcopy"
         try:
             self._context = libucxx.UCXContext(options, feature_flags=_FEATURES)
             self._worker = libucxx.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
@@ -89,6 +95,7 @@ class UcxTransport:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_control: OnControl | None = None
         self._own_memory = OwnMemory(self._context)
+        self._allocate_on_device = allocate_on_device
         self._peer_memories: list[PeerMemory] = []
         self._operations: list[_Operation] = []
         self._arriving: dict[int, deque[_Arriving]] = {}  # by link, in the order of its sends
@@ -103,6 +110,8 @@ class UcxTransport:
         self._turn()
 
     def allocate(self, num_bytes: int) -> SlotMemory:
+        if self._allocate_on_device is not None:
+            return SlotMemory(memoryview(Twin.of(self._allocate_on_device(num_bytes))))
         return self._own_memory.allocate(num_bytes)
 
     def connect(self, address: bytes) -> Link:
@@ -115,11 +124,11 @@ class UcxTransport:
             raise Unavailable(message, reason="handoff_unreachable") from exc
         memory = PeerMemory(endpoint)
         self._peer_memories.append(memory)
-        return _UcxLink(self, endpoint, memory)
+        return _UcxLink(self, endpoint, memory, reaches_slots=self._allocate_on_device is None)
 
     def receive(self, tag: int, buffer: memoryview, done: Done) -> None:
-        array = Array(np.frombuffer(buffer, np.uint8))
-        self.began(self._worker.tag_recv(array, libucxx.UCXXTag(PAYLOAD_KIND | tag)), array, done)
+        array = Array(array_of(buffer))
+        self.began(self._worker.tag_recv(array, libucxx.UCXXTag(PAYLOAD_KIND | tag)), array, after_fetch(buffer, done))
 
     def cancel(self, tag: int) -> bool:
         return False  # the peer may be writing by rendezvous, and UCX does not say when it stopped
@@ -269,10 +278,11 @@ def _check_devices(devices: str | None) -> None:
 
 
 class _UcxLink:
-    def __init__(self, transport: UcxTransport, endpoint: Any, memory: PeerMemory) -> None:
+    def __init__(self, transport: UcxTransport, endpoint: Any, memory: PeerMemory, *, reaches_slots: bool) -> None:
         self._transport = transport
         self._endpoint = endpoint
         self._memory = memory
+        self._reaches_slots = reaches_slots  # from a device they are sent to
         self._control_tag = libucxx.UCXXTag(CONTROL_KIND | secrets.randbits(56))  # tells the receiver which frames are in one order
 
     def send_control(self, frame: bytes) -> None:
@@ -282,11 +292,12 @@ class _UcxLink:
             self._transport.began(request, array, _ignore)
 
     def send_payload(self, tag: int, message: memoryview, done: Done) -> None:
-        array = Array(np.frombuffer(message, np.uint8))
+        send_front(message)
+        array = Array(array_of(message))
         self._transport.began(self._endpoint.tag_send(array, libucxx.UCXXTag(PAYLOAD_KIND | tag)), array, done)
 
     def reach(self, key: bytes) -> memoryview | None:
-        return self._memory.view(key) if key else None
+        return self._memory.view(key) if key and self._reaches_slots else None
 
     def close(self) -> None:
         self._transport.park(self._endpoint, self._memory)

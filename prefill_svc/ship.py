@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from kvtransfer.sender import Outcome, Sender, Shipment
-from splitfire.engine.kernels.pack import pack
+from splitfire.engine.device_memory import on_handoff_stream
+from splitfire.engine.parallel.pack import pack
 from splitfire.engine.updates import SequenceUpdate
 from splitfire.v1 import kv_pb2
 from splitfire.worker.context import WorkerContext
 from splitfire.worker.job import Handoff, Job, logprobs_to_wire
+from splitfire.worker.transports import slot_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,10 @@ class BlockShipment:
     def pack(self, first_block: int, num_blocks: int, dtype: str, payload: memoryview, *, digest: bool) -> list[int]:
         layout, spec = self._context.layout, self.job.spec
         num_tokens = min(spec.num_tokens - first_block * layout.block_size, num_blocks * layout.block_size)
-        buffer = torch.frombuffer(payload, dtype=torch.uint8)
         ids = self._computed.block_ids[first_block : first_block + num_blocks]
-        return pack(self._context.host.engine.runner.pool, ids, num_tokens, dtype, buffer, digest=digest)
+        pool = self._context.host.engine.runner.pool
+        with on_handoff_stream(pool.raw.device):
+            return pack(pool, ids, num_tokens, dtype, slot_tensor(payload), digest=digest)
 
     def granted(self) -> None:
         self._owner.on_granted(self)

@@ -297,17 +297,22 @@ def test_a_payload_at_an_odd_address_falls_back_to_torch() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
-def test_a_pool_on_a_gpu_packs_into_host_memory(target: str) -> None:
-    here = random_pool(replace(LAYOUT, dtype="bf16"))
-    on_gpu, there = (KvPool(replace(LAYOUT, dtype=d), NUM_BLOCKS, torch.device("cuda")) for d in ("bf16", target))
+def test_a_pool_on_a_gpu_is_packed_to_the_same_bytes(source: str, target: str, place: str) -> None:
+    """Into host memory and into its own; keys of 128 elements are divided by a root that is not a power of two."""
+    shape = KvLayout("fp32", num_layers=2, num_kv_heads=2, head_dim=128, block_size=16)
+    here = any_bits(replace(shape, dtype=source), seed=5)
+    on_gpu, there = (KvPool(replace(shape, dtype=d), NUM_BLOCKS, torch.device("cuda")) for d in (source, target))
     on_gpu.raw.copy_(here.raw)
-    payload, expected = (poisoned(2 * there.layout.block_bytes) for _ in range(2))
+    expected = poisoned(2 * there.layout.block_bytes)
+    payload = expected.to(place)
     sums = pack(on_gpu, [3, 5], SIZE + 7, target, payload)
     assert pack_reference(here, [3, 5], SIZE + 7, target, expected) == sums
-    assert torch.equal(payload, expected)
+    assert torch.equal(payload.cpu(), expected)
     assert unpack(there, [1, 0], payload) == sums
-    assert torch.equal(there.raw[[1, 0]].cpu().flatten(), payload)
+    assert torch.equal(there.raw[[1, 0]].cpu().flatten(), expected)
 
 
 def test_block_sums_are_those_of_the_specification() -> None:

@@ -62,11 +62,12 @@ def make_pair(transports: tuple[Transport, Transport], receive_slots: int = 4) -
     return Pair(agents[0], agents[1], addresses[0], addresses[1])
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 10.0, every_s: float = 0.001) -> None:
+    """every_s: 0 for what may be over again soon."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, "condition never came true"
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(every_s)
 
 
 def memory_transports() -> tuple[Transport, Transport]:
@@ -386,7 +387,7 @@ def test_a_measurement_that_starts_over_leaks_no_slot() -> None:
         pair.prefill.measure(pair.at_decode, lambda found: results.append(found.bytes_per_s))
         peer = pair.prefill._peers.get(pair.at_decode)
         for _ in range(3):  # in the middle of the payloads, as a timer that is too short would
-            await until(lambda: pair.decode.receive_ring.num_lent > 0)
+            await until(lambda: pair.decode.receive_ring.num_lent > 0, every_s=0)
             pair.prefill._measure(peer, lambda found: results.append(found.bytes_per_s))
         await until(lambda: bool(results))
         await until(lambda: pair.decode.num_held_slots == pair.prefill.num_held_slots == 0)

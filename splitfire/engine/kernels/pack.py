@@ -2,7 +2,7 @@
 
 Both also return the data part of each block's digest, which kv.proto defines: a sum of 64-bit words times odd multipliers,
 modulo 2^64. It is the same number from any backend because a sum may be taken in any order. The torch bodies here are the
-reference and the fallback everywhere; native/ does the same in one pass over the bytes.
+reference and the fallback everywhere; native/ does the same in one pass over the bytes, gpu/ on a GPU.
 
 Conversion goes through fp32 and rounds to nearest, ties to even; keys are transformed on their way into a quantised dtype and back
 on their way out of one (quantise.py). A NaN that is converted becomes the positive quiet NaN of its new dtype; between equal
@@ -11,9 +11,12 @@ dtypes bytes stay as they are.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +29,17 @@ from splitfire.engine.kernels.quantise import dequantise, hadamard, quantise
 from splitfire.engine.pool import TORCH_DTYPES, KvPool, elements_of, scales_of
 
 _GOLDEN, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_MASK = (1 << 64) - 1
+
+
+class GpuBody(Protocol):
+    """gpu/pack.py: sums stay on the device, [len(block_ids)] int64."""
+
+    def pack(
+        self, pool: KvPool, block_ids: Sequence[int], num_tokens: int, dtype: str, payload: Tensor, *, digest: bool
+    ) -> Tensor: ...
+
+    def unpack(self, pool: KvPool, block_ids: Sequence[int], payload: Tensor, *, digest: bool) -> Tensor: ...
 
 
 def pack(
@@ -37,7 +51,15 @@ def pack(
     *,
     digest: bool = True,
 ) -> list[int]:  # an unsigned 64-bit sum a block; none without `digest`
-    """Gathers blocks over all layers into `payload`, converting."""
+    """Gathers blocks over all layers into `payload`, converting. On a GPU it waits for what is read from there: the sums, and a
+    payload in host memory; without both it returns at once, and the payload is complete when the current stream is."""
+    gpu = _gpu(pool, block_ids, payload, replace(pool.layout, dtype=dtype))
+    if gpu is not None:
+        on_device = payload if payload.device == pool.raw.device else torch.empty_like(payload, device=pool.raw.device)
+        device_sums = gpu.pack(pool, block_ids, num_tokens, dtype, on_device, digest=digest)
+        if on_device is not payload:
+            payload.copy_(on_device)
+        return _read(device_sums) if digest else []
     mover = _mover(pool.layout, dtype)
     if mover is None or not _is_native(pool, block_ids, payload, mover):
         return pack_reference(pool, block_ids, num_tokens, dtype, payload, digest=digest)
@@ -47,7 +69,11 @@ def pack(
 
 def unpack(pool: KvPool, block_ids: Sequence[int], payload: Tensor, *, digest: bool = True) -> list[int]:
     """Copies a payload in the pool's own dtype into its blocks; the sums are those of the payload, for comparing. Nobody must
-    see the blocks before that is done."""
+    see the blocks before that is done. On a GPU it waits for the sums, and without them for nothing."""
+    gpu = _gpu(pool, block_ids, payload, pool.layout)
+    if gpu is not None:
+        device_sums = gpu.unpack(pool, block_ids, payload.to(pool.raw.device), digest=digest)
+        return _read(device_sums) if digest else []
     mover = _mover(pool.layout, pool.layout.dtype)
     if mover is None or not _is_native(pool, block_ids, payload, mover):
         return unpack_reference(pool, block_ids, payload, digest=digest)
@@ -91,7 +117,7 @@ def block_sums(payload: Tensor, num_blocks: int) -> list[int]:
         sums = np.einsum("ij,j->i", words.numpy(), factors.numpy()).tolist()
     else:
         sums = (words * factors.to(payload.device)).sum(1).tolist()
-    return [s & (1 << 64) - 1 for s in sums]
+    return [s & _MASK for s in sums]
 
 
 @lru_cache(maxsize=8)
@@ -113,12 +139,38 @@ def _mover(layout: KvLayout, dtype: str) -> native.BlockMover | None:
 
 
 def _is_native(pool: KvPool, block_ids: Sequence[int], payload: Tensor, mover: native.BlockMover) -> bool:
-    """Whether native code may have these: what torch's body finds wrong by itself would here be written beyond its end."""
-    if not pool.device.type == payload.device.type == "cpu" or payload.data_ptr() % 8:
+    """Whether native code may have these."""
+    return pool.device.type == payload.device.type == "cpu" and _is_sound(pool, block_ids, payload, mover.wire_block_bytes)
+
+
+def _gpu(pool: KvPool, block_ids: Sequence[int], payload: Tensor, wire: KvLayout) -> GpuBody | None:
+    """The body for a pool on a GPU; None for others, without triton, and for what torch's has to refuse."""
+    if pool.device.type != "cuda" or payload.device.type not in ("cpu", pool.device.type):
+        return None
+    return _load_gpu() if _is_sound(pool, block_ids, payload, wire.block_bytes) else None
+
+
+@lru_cache(maxsize=1)
+def _load_gpu() -> GpuBody | None:
+    """Not imported above: it imports triton, which not everybody has."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    body: GpuBody = importlib.import_module("splitfire.engine.kernels.gpu.pack")
+    return body
+
+
+def _is_sound(pool: KvPool, block_ids: Sequence[int], payload: Tensor, wire_block_bytes: int) -> bool:
+    """What torch's body finds wrong by itself would elsewhere be written beyond its end."""
+    if payload.data_ptr() % 8:
         return False
     if block_ids and not 0 <= min(block_ids) <= max(block_ids) < pool.num_blocks:
         raise IndexError(f"blocks {min(block_ids)} to {max(block_ids)}, the pool has {pool.num_blocks}")
-    return payload.is_contiguous() and payload.dtype == torch.uint8 and len(payload) == len(block_ids) * mover.wire_block_bytes
+    return payload.is_contiguous() and payload.dtype == torch.uint8 and len(payload) == len(block_ids) * wire_block_bytes
+
+
+def _read(sums: Tensor) -> list[int]:
+    """Waits for the device."""
+    return [s & _MASK for s in sums.tolist()]
 
 
 def _convert(pool: KvPool, ids: Tensor, layout: KvLayout, wire: Tensor) -> None:
