@@ -22,12 +22,13 @@ from splitfire.core.model_config import ModelConfig
 from splitfire.core.model_dir import ModelDir, TensorEntry
 from splitfire.core.quant_config import Scheme
 from splitfire.engine.formats.families import FAMILIES
+from splitfire.engine.formats.held import Form, form_of, held_elements, hold, unsigned_middle
 from splitfire.engine.formats.scales import QuantisedRows
 from splitfire.engine.formats.stored import FLOATS, StoredMatrix
-from splitfire.engine.kernels.linear import Int8Matrix, Matrix, fuse_rows, quantise_rows, row_tiles
+from splitfire.engine.kernels.linear import GroupedMatrix, Int8Matrix, Matrix, fuse_rows, quantise_rows, row_tiles
 from splitfire.engine.kernels.rope import QkNorm
 from splitfire.engine.models.transformer import LayerWeights, Weights
-from splitfire.engine.tensors import EMBEDDING, HEAD, NORM, CheckedTensors, check_tensors
+from splitfire.engine.tensors import EMBEDDING, FUSED, HEAD, NORM, CheckedTensors, check_tensors
 
 Progress = Callable[[int, int], None]  # elements done, elements in all
 
@@ -40,6 +41,7 @@ class LoadOptions:
     device: torch.device
     allow_nonfinite: bool = False
     is_int8: bool = False  # matrices as Int8Matrix
+    keeps_stored: bool = False  # quantised ones as GroupedMatrix, where not is_int8; the compiled step of a CPU cannot read them
 
 
 def load_weights(model: ModelDir, options: LoadOptions, progress: Progress | None = None) -> Weights:
@@ -115,7 +117,9 @@ class _Loader:
             return self._int8(matrix, lambda begin, end: weight[begin:end].float())
         rows = self._open(matrix, matrix.scheme)
         if not self._options.is_int8:
-            return self._dequantised(matrix, rows)
+            form = form_of(matrix) if self._options.keeps_stored else None
+            grouped = None if form is None else self._grouped(matrix, rows, form)
+            return self._dequantised(matrix, rows) if grouped is None else grouped
         as_int8 = rows.as_int8()
         if as_int8 is None:
             return self._int8(matrix, rows.dequantise)
@@ -139,6 +143,20 @@ class _Loader:
             tile = rows.dequantise(begin, end).to(self._options.dtype)
             self._require_finite_rows(tile, matrix)
             held[begin:end] = tile
+        return held
+
+    def _grouped(self, matrix: StoredMatrix, rows: QuantisedRows, form: Form) -> GroupedMatrix | None:
+        """None when it cannot be: then its numbers can."""
+        held = hold(form, matrix, rows.scales, self._options.device)
+        if held is None:
+            return None
+        for begin, end in row_tiles(rows.shape):
+            tile = rows.elements(begin, end)
+            numbers = rows.scales.apply(tile.float(), begin).to(self._options.dtype)
+            self._require_finite_rows(numbers, matrix)
+            if not bool(torch.isfinite(numbers).all()):
+                return None
+            held.elements[begin:end] = held_elements(tile, held, unsigned_middle(matrix))
         return held
 
     def _int8(self, matrix: StoredMatrix, rows: Callable[[int, int], Tensor]) -> Int8Matrix:
@@ -172,14 +190,13 @@ def _layer(config: ModelConfig, matrices: dict[str, Matrix], vectors: dict[str, 
     """Pops its matrices, so that fused copies do not double the memory."""
 
     def fused(*names: str) -> Matrix:
-        return fuse_rows([matrices.pop(f"{at}{name}") for name in names])
+        return fuse_rows([matrices.pop(f"{at}{name}") for name in names], vectors[NORM].dtype)
 
     def bias(*names: str) -> Tensor | None:
         parts = [vectors[f"{at}{name}.bias"] for name in names if f"{at}{name}.bias" in vectors]
         return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate_up = ("mlp.gate_proj", "mlp.up_proj")
+    qkv, gate_up = FUSED
     norm = None
     if config.qk_norm:
         q_norm, k_norm = vectors[f"{at}self_attn.q_norm.weight"], vectors[f"{at}self_attn.k_norm.weight"]

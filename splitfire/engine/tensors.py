@@ -14,9 +14,11 @@ from splitfire.core.model_config import ModelConfig
 from splitfire.core.model_dir import TensorEntry
 from splitfire.core.quant_config import QuantConfig, Scheme
 from splitfire.engine.formats.families import FAMILIES
+from splitfire.engine.formats.held import ORDER_BYTES, form_of
 from splitfire.engine.formats.stored import FLOATS, Part, StoredMatrix, meaning_on, plain_part, require_groups, require_part
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm.weight"
+FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))  # of a layer, by rows
 OF_LINEAR_LAYERS = ("awq", "gptq")  # transposed: an embedding has no such form
 # Written beside quantised matrices, for what is not done here: quantised activations, and a KV cache with calibrated scales.
 UNUSED = frozenset(
@@ -98,6 +100,25 @@ def weight_bytes(config: ModelConfig, dtype: str, is_int8: bool) -> int:
     if is_int8:
         return plain + sum(rows * (columns + DTYPE_BYTES["fp32"]) for rows, columns in matrices)
     return plain + sum(rows * columns for rows, columns in matrices) * DTYPE_BYTES[dtype]
+
+
+def stored_weight_bytes(config: ModelConfig, dtype: str, checked: CheckedTensors) -> int:
+    """What they take when quantised matrices keep the bits they are stored in."""
+    fused: dict[str, list[StoredMatrix]] = {}
+    for matrix in checked.matrices:
+        names = next((names for names in FUSED if matrix.name.endswith(names)), ())
+        layer = matrix.name.rpartition(".")[0]
+        fused.setdefault(f"{layer}.{'|'.join(names)}" if names else matrix.name, []).append(matrix)
+    total = sum(expected_vectors(config).values()) * DTYPE_BYTES[dtype]
+    for parts in fused.values():
+        forms = [form_of(part) for part in parts]
+        first = forms[0]
+        if first is None or len(set(forms)) > 1:
+            total += sum(part.rows * part.columns for part in parts) * DTYPE_BYTES[dtype]
+        else:
+            total += sum(first.num_bytes(part.rows, part.columns) for part in parts)
+            total += first.has_order * ORDER_BYTES * parts[0].columns
+    return total
 
 
 def weight_format(quant: QuantConfig | None, is_int8: bool) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
 
-from splitfire.engine.kernels.linear import Int8Matrix, Matrix, linear, quantise_rows
+from splitfire.engine.kernels.linear import Int8Matrix, linear, quantise_rows
 from splitfire.engine.kernels.native import step as native
 from splitfire.engine.models.compiled import CompiledTransformer
 from tests.checkpoints import PICO, family_configs, save_checkpoint
@@ -45,7 +45,7 @@ def test_a_product_is_that_of_torch_at_awkward_sizes(dtype: torch.dtype, threads
         for rows in (1, 2, 11, 12, 13, 25, 119, 120, 121):
             x, weight = torch.randn(rows, inputs), torch.randn(columns, inputs)
             bias = torch.randn(columns)
-            matrix: Matrix = quantise_rows(weight) if dtype == torch.int8 else weight.to(dtype)
+            matrix: Tensor | Int8Matrix = quantise_rows(weight) if dtype == torch.int8 else weight.to(dtype)
             elements, scales = (matrix.elements, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix, None)
             panels = native.pack_panels(elements)
             twin = native.Matrix(
@@ -166,7 +166,9 @@ def test_no_batch_chunk_or_thread_changes_a_bit(dtype: str, rounds: bool, thread
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_one_token_of_many_heads_is_many_rows(dtype: str, rounds: bool, tmp_path: Path) -> None:
     """40 heads share one of KV: a token's rows fill the lanes, and all of them see all there is, an odd number of tokens too."""
-    config = LlamaConfig(**{**family_configs()["multi-query"].to_dict(), "hidden_size": 640, "num_attention_heads": 40, "head_dim": 16})
+    config = LlamaConfig(
+        **{**family_configs()["multi-query"].to_dict(), "hidden_size": 640, "num_attention_heads": 40, "head_dim": 16}
+    )
     save_checkpoint(config, tmp_path)
     model = load_compiled(tmp_path, "bf16" if rounds else "fp32", num_threads=1, rounds=rounds)
     prompts = prompts_of(69)

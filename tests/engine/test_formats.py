@@ -6,7 +6,7 @@ import copy
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from splitfire.core.model_dir import ModelDir
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.kernels import linear as kernels_linear
-from splitfire.engine.kernels.linear import Int8Matrix, Matrix, quantise_rows
-from splitfire.engine.models.transformer import Weights
-from splitfire.engine.tensors import check_tensors
+from splitfire.engine.kernels.linear import GroupedMatrix, Int8Matrix, Matrix, dequantise, quantise_rows
+from splitfire.engine.models.rope import rope_table
+from splitfire.engine.models.transformer import Transformer, Weights
+from splitfire.engine.tensors import check_tensors, stored_weight_bytes
 from tests.checkpoints import VOCAB, assert_greedy, edit_config, family_configs, save_checkpoint
 from tests.engines import assert_no_leaks, drain, load_model, make_engine, make_spec, tokens_of
 from tests.quantised import (
@@ -37,6 +38,7 @@ from tests.quantised import (
     gptq_config,
     quantise_checkpoint,
 )
+from tests.worker.test_loading import tensors_of
 
 CPU = torch.device("cpu")
 INT, FLOAT = {"type": "int"}, {"type": "float", "num_bits": 8}
@@ -71,6 +73,7 @@ FORMATS: dict[str, tuple[Encode, dict[str, Any]]] = {
     "gptq_v2": (gptq(4, 16, is_v1=False), gptq_config(4, 16, checkpoint_format="gptq_v2")),
     "gptq int8 one group": (gptq(8, 1000, is_v1=True), gptq_config(8, -1)),
 }
+UNEVEN = ("float-quantized block", "fp8 blocks cut short")  # blocks of 40 columns: no kernel has such tiles
 AS_STORED = ("int-quantized channel", "int-quantized tensor", "pack-quantized int8 channel")  # int8 with one scale a row
 
 
@@ -91,6 +94,14 @@ class Plain:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
     path, config = tmp_path_factory.mktemp("plain"), family_configs()["llama"]
     config.num_hidden_layers = 2
+    return Plain(path, save_checkpoint(config, path))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Plain:
+    """With columns for tiles of 4 bits."""
+    path, config = tmp_path_factory.mktemp("wide"), family_configs()["llama"]
+    config.num_hidden_layers, config.hidden_size, config.head_dim, config.intermediate_size = 1, 128, 32, 256
     return Plain(path, save_checkpoint(config, path))
 
 
@@ -158,6 +169,83 @@ def test_a_quantised_checkpoint_means_what_its_maker_meant(name: str, plain: Pla
             again = quantise_rows(expected[matrix])
             assert torch.equal(loaded.elements, again.elements) and torch.equal(loaded.scales, again.scales), matrix
     generate_and_compare(tmp_path, oracle)
+
+
+def load_stored(path: Path, *, allow_nonfinite: bool = False) -> Weights:
+    """With matrices that keep their bits; their memory is what was said."""
+    model = ModelDir(path)
+    weights = load_weights(model, LoadOptions(torch.float32, CPU, allow_nonfinite, keeps_stored=True))
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(weights)}
+    assert sum(held.values()) == stored_weight_bytes(model.config, "fp32", check_tensors(model.config, model.tensors()))
+    return weights
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_quantised_checkpoint_keeps_its_bits_and_its_meaning(name: str, wide: Plain, tmp_path: Path) -> None:
+    expected = numbers_of(wide.quantised(tmp_path, *FORMATS[name]))
+    for at, loaded in matrices_of(load_stored(tmp_path)).items():
+        if at in ("embed", "lm_head") or name in UNEVEN:
+            assert isinstance(loaded, Tensor) and torch.equal(loaded, expected[at]), at
+        else:
+            assert isinstance(loaded, GroupedMatrix) and torch.equal(dequantise(loaded, slice(None)), expected[at]), at
+            assert (loaded.order is not None) == (name == "gptq desc_act")
+
+
+def test_products_of_stored_matrices_generate_what_their_numbers_do(wide: Plain, tmp_path: Path) -> None:
+    for name in ("gptq desc_act", "fp8 blocks", "int-quantized channel asymmetric"):
+        oracle = wide.quantised(tmp_path / name, *FORMATS[name])
+        weights, config = load_stored(tmp_path / name), ModelDir(tmp_path / name).config
+        model = Transformer(config, weights, rope_table(config.rope, config.head_dim, config.max_positions, CPU))
+        engine, spec = make_engine(model), make_spec(range(100, 140), 8)
+        engine.add(spec)
+        assert_greedy(oracle, spec.prompt, tokens_of(drain(engine), spec))
+
+
+def test_fused_matrices_of_several_forms_become_plain(wide: Plain, tmp_path: Path) -> None:
+    """q in 4 bits, k and v in 8: what is not fused keeps its bits, and memory is counted so."""
+    four, config = FORMATS["pack-quantized int4 group"]
+    eight, more = FORMATS["float-quantized channel"]
+    groups = {"a": {**config["config_groups"]["group_0"], "format": "pack-quantized"}}
+    groups["b"] = {**more["config_groups"]["group_0"], "format": "float-quantized"}
+    mixed = {**config, "format": "mixed-precision", "config_groups": groups}
+    oracle = wide.quantised(tmp_path, lambda weight: (four if weight.shape[0] > 64 else eight)(weight), mixed)
+    loaded, expected = matrices_of(load_stored(tmp_path)), numbers_of(oracle)
+    qkv, out = loaded["0.qkv"], loaded["0.out"]
+    assert isinstance(qkv, Tensor) and torch.equal(qkv, expected["0.qkv"])
+    assert isinstance(out, GroupedMatrix) and out.is_int4
+
+
+def test_zero_points_that_are_all_in_the_middle_are_left_out(wide: Plain, tmp_path: Path) -> None:
+    """As symmetric GPTQ has them: 8, which version 1 stores as 7."""
+    wide.quantised(tmp_path, *FORMATS["gptq"])
+
+    def centre(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("qzeros"):
+                tensors[name].fill_(0x77777777)
+
+    change_tensors(tmp_path, centre)
+    weights = load_weights(ModelDir(tmp_path), LoadOptions(torch.float32, CPU, keeps_stored=True))
+    plain = matrices_of(load(tmp_path))
+    for name, matrix in matrices_of(weights).items():
+        if isinstance(matrix, GroupedMatrix):
+            assert matrix.zeros is None and torch.equal(dequantise(matrix, slice(None)), plain[name])  # type: ignore[arg-type]
+    assert isinstance(weights.layers[0].down, GroupedMatrix)
+
+
+def test_what_only_tensors_can_say_is_loaded_plainly(wide: Plain, tmp_path: Path) -> None:
+    """Groups of unequal size, and numbers that are none."""
+    at = "model.layers.0.mlp.down_proj."
+    wide.quantised(tmp_path / "uneven", *FORMATS["gptq"])
+    change_tensors(tmp_path / "uneven", lambda tensors: tensors[f"{at}g_idx"].__setitem__(0, 1))
+    wide.quantised(tmp_path / "nan", *FORMATS["fp8 tensor"])
+    change_tensors(tmp_path / "nan", lambda tensors: tensors[f"{at}weight"].view(torch.uint8)[3].__setitem__(5, 0x7F))
+    for name in ("uneven", "nan"):
+        options = LoadOptions(torch.float32, CPU, allow_nonfinite=True)
+        plain, stored = (load_weights(ModelDir(tmp_path / name), replace(options, keeps_stored=k)).layers[0] for k in (False, True))
+        assert isinstance(stored.down, Tensor) and isinstance(plain.down, Tensor) and isinstance(stored.out, GroupedMatrix)
+        torch.testing.assert_close(stored.down, plain.down, rtol=0, atol=0, equal_nan=True)
+        assert bool(stored.down.isnan().any()) == (name == "nan")
 
 
 def test_biases_and_norms_of_the_heads_stay_what_they_are(tmp_path: Path) -> None:

@@ -32,15 +32,20 @@ class Scales:
     def _spread(self, values: Tensor, begin: int, elements: Tensor) -> Tensor:
         """What the elements have of `values`, in a shape that broadcasts over them."""
         num_rows, num_columns = elements.shape
-        if values.shape[0] > 1:
-            assert self.grid.rows is not None
-            values = values[torch.arange(begin, begin + num_rows) // self.grid.rows]
+        values = self.of_rows(values, begin, num_rows)
         if self.order is not None:
             return values[:, self.order]
         if values.shape[1] > 1:
             assert self.grid.columns is not None
             values = values.repeat_interleave(self.grid.columns, 1)[:, :num_columns]
         return values
+
+    def of_rows(self, values: Tensor, begin: int, num_rows: int) -> Tensor:
+        """values [blocks of rows, blocks of columns] -> [num_rows, blocks of columns]; [1, ...] where all rows share them."""
+        if values.shape[0] == 1:
+            return values
+        assert self.grid.rows is not None
+        return values[torch.arange(begin, begin + num_rows) // self.grid.rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitfire.core.model_config import ModelConfig
 from splitfire.engine.batch import StepBatch
-from splitfire.engine.kernels.linear import Int8Matrix, Matrix
+from splitfire.engine.kernels.linear import GroupedMatrix, Int8Matrix, Matrix
 from splitfire.engine.kernels.native import step as native
 from splitfire.engine.logits import Logits
 from splitfire.engine.memory import Arena, line_bytes
@@ -73,6 +73,7 @@ class CompiledTransformer:
 
     def _matrix(self, matrix: Matrix, bias: Tensor | None = None, num_parts: int = 1) -> native.Matrix:
         """Of several parts, one below the other and equally high, panels come in turn."""
+        assert not isinstance(matrix, GroupedMatrix)
         elements, scales = (matrix.elements, matrix.scales) if isinstance(matrix, Int8Matrix) else (matrix, None)
         whole = native.interleave_panels(elements, num_parts)
         if num_parts > 1 and scales is not None:
@@ -88,6 +89,7 @@ class CompiledTransformer:
     def _rows(self, matrix: Matrix) -> tuple[int, int | None]:
         if isinstance(matrix, Int8Matrix):
             return self._keep(matrix.elements.contiguous()), self._floats(matrix.scales)
+        assert isinstance(matrix, Tensor)
         return self._keep(matrix.contiguous()), None
 
     def _floats(self, x: Tensor) -> int:
@@ -106,7 +108,7 @@ def _matrices(weights: Weights) -> Iterator[tuple[Matrix, bool]]:
 
 
 def _elements(matrix: Matrix) -> Tensor:
-    return matrix.elements if isinstance(matrix, Int8Matrix) else matrix
+    return matrix if isinstance(matrix, Tensor) else matrix.elements
 
 
 def _packed_bytes(matrix: Matrix, num_parts: int) -> int:
