@@ -39,6 +39,7 @@ PURE = {
     "splitfire.engine.blocks",
     "splitfire.engine.constraint",
     "splitfire.engine.drafting",
+    "splitfire.engine.parallel.shards",
     "splitfire.engine.scheduler",
     "splitfire.engine.sequence",
     "splitfire.engine.speculation.acceptance",

@@ -147,6 +147,9 @@ class WorkerSettings(ServiceSettings):
         "", description="name in logs and fleet; default: the role and a random number", max_length=limits.MAX_WORKER_ID_CHARS
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where the model runs")
+    tensor_parallel: int = Field(
+        1, ge=1, le=8, description="ranks that share the model, each with a GPU of its own or a share of the CPU's threads"
+    )
     kernels: Literal["auto", "torch"] = Field(
         "auto", description="torch: the reference everywhere; auto: what was compiled for this machine, torch otherwise"
     )
@@ -155,14 +158,15 @@ class WorkerSettings(ServiceSettings):
         description="of computation, and of weights not in int8; auto: the checkpoint's, fp32 on a CPU that torch alone would be slow on",
     )
     weights: Literal["auto", "int8"] = Field(
-        "auto", description="of matrices: int8 with a scale for each row, made while loading; auto: the dtype of computation"
+        "auto",
+        description="of matrices: int8 with a scale a row, made while loading; auto: on a GPU what a quantised checkpoint holds, else dtype",
     )
     kv_dtype: KvDtype = Field(
         "auto", description="of the KV pool: bf16, fp16, fp32, int8 or fp8_e4m3; auto: the dtype of computation"
     )
     block_size: Annotated[int, Field(ge=8, le=256), AfterValidator(_power_of_two)] = Field(32, description="tokens a KV block")
     kv_memory: Bytes | None = Field(
-        None, ge=1 << 20, description="size of the KV pool, such as 512MiB; default: one sequence of max_context, at least 128MiB"
+        None, ge=1 << 20, description="a rank's KV pool, such as 512MiB; default: one sequence of max_context, at least 128MiB"
     )
     chunk_tokens: int | None = Field(None, ge=16, le=65536, description="tokens one step computes at most; default: by device")
     max_running: int = Field(64, ge=1, le=1024, description="sequences in one batch")

@@ -36,12 +36,15 @@ class LayerCache:
 class KvPool:
     """Keys and values of every sequence. Written by `rope_norm_write` and by unpack, read by `attend` and pack."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device, raw: Tensor | None = None) -> None:
+        """raw [num_blocks, block_bytes] uint8: the memory, where it is somebody else's."""
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
         # Zeros, not empty: positions past the valid tokens are read (and masked), and NaN * 0 would not be 0.
-        if device.type == "cpu":
+        if raw is not None:
+            self.raw = raw
+        elif device.type == "cpu":
             # Resident now, or the first hand-offs pay for the page faults: 10 ms of a 1024-token prompt, seen in
             # `python -m benchmarks.serve handoff`.
             self.raw = memory.zeros(num_blocks * layout.block_bytes).view(num_blocks, -1)
@@ -52,8 +55,8 @@ class KvPool:
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """All layers of some blocks to others."""
-        if copies:
-            self.raw[[c.target for c in copies]] = self.raw[[c.source for c in copies]]
+        for copy in copies:  # one by one: on a GPU a list of ids would be sent there, and waited for
+            self.raw[copy.target].copy_(self.raw[copy.source])
 
     def layer(self, layer: int) -> LayerCache:
         return LayerCache(self.elements[:, layer], None if self.scales is None else self.scales[:, layer])

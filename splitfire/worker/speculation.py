@@ -15,10 +15,10 @@ from splitfire.core.model_source import resolve_model
 from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
-from splitfire.engine.models.bodies import build, is_compiled
+from splitfire.engine.models.bodies import build, is_compiled, make_runner
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.pool import TORCH_DTYPES, KvPool
-from splitfire.engine.runner import Runner
+from splitfire.engine.runner import StepRunner
 from splitfire.engine.speculation.controller import Controller
 from splitfire.engine.speculation.costs import StepCosts
 from splitfire.engine.speculation.draft_model import DraftModel
@@ -74,7 +74,7 @@ def plan_draft_model(
 
 
 def make_speculator(
-    settings: WorkerSettings, runner: Runner, draft: DraftPlan | None, options: LoadOptions
+    settings: WorkerSettings, runner: StepRunner, draft: DraftPlan | None, options: LoadOptions
 ) -> BatchSpeculator | None:
     """None where nothing is to be speculated: off, or a worker that only computes prompts."""
     if not settings.speculates:
@@ -103,7 +103,8 @@ def _load(draft: DraftPlan, options: LoadOptions, settings: WorkerSettings) -> D
     weights = load_weights(draft.model, replace(options, dtype=held))
     rope = rope_table(config.rope, config.head_dim, draft.max_context, options.device)
     body = build(config, weights, rope, draft.layout.dtype, may_compile=settings.kernels == "auto")
-    runner = Runner(body, KvPool(draft.layout, draft.num_blocks, options.device))
+    pool = KvPool(draft.layout, draft.num_blocks, options.device)
+    runner = make_runner(body, pool, settings.max_running, draft.max_context, lambda done, total: None)
     log.info("draft model loaded", model=draft.model.path.name, bytes=draft.weight_bytes, pool_bytes=draft.pool_bytes)
     return DraftModel(runner, BlockPool(draft.num_blocks, caches_prefixes=False), draft.max_context, settings.max_running)
 

@@ -25,6 +25,7 @@ from splitfire.core.machine import facts_to_wire
 from splitfire.core.settings import WorkerSettings, read_secret
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.wire import fingerprint_to_wire, grammar_from_wire, layout_to_wire
+from splitfire.engine.parallel.followers import RankLost
 from splitfire.engine.sequence import SeqId
 from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2, inference_pb2
@@ -316,6 +317,8 @@ class Worker:
                 self._part(incarnation)
             if self._loaded.engine.has_work and time.monotonic() - self._host.last_turn > STUCK_S:
                 self._on_crash(TimeoutError(f"no engine step finished within {STUCK_S:g} s"))
+            if self._loaded.followers is not None and (lost := self._loaded.followers.lost()):
+                self._on_crash(RankLost(lost))
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         """Links and the watch only end when this worker does."""

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from splitfire.core.errors import ConfigError, Mismatch
+from splitfire.core.layout import KvLayout
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.settings import WorkerSettings, parse_settings
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.kernels.linear import Int8Matrix
+from splitfire.engine.pool import KvPool
 from splitfire.engine.tensors import weight_bytes, weight_format
 from splitfire.worker import loading
-from splitfire.worker.loading import LoadedModel, load_model
+from splitfire.worker.loading import LoadedModel, compile_handoff, load_model
 from tests.checkpoints import assert_greedy, edit_config, family_configs, save_checkpoint
 from tests.engines import drain, make_spec, tokens_of
 from tests.quantised import awq, awq_config, quantise_checkpoint
@@ -85,3 +87,12 @@ def test_each_format_has_a_name_that_routers_accept(tmp_path: Path) -> None:
 def test_weights_of_another_kind_are_no_setting() -> None:
     with pytest.raises(ConfigError, match=r"weights \(--weights, SPLITFIRE_WEIGHTS\): is 'int4': .*'auto' or 'int8'"):
         parse_settings(WorkerSettings, ["--weights=int4"], prog="test")
+
+
+def test_a_pool_is_as_it_was_after_every_conversion_was_compiled() -> None:
+    layout = KvLayout("bf16", 2, 2, 16, 16)
+    pool = KvPool(layout, 3, torch.device("cpu"))
+    pool.raw[1:] = 7
+    before = pool.raw.clone()
+    compile_handoff(pool)
+    assert torch.equal(pool.raw, before)

@@ -1,7 +1,7 @@
 """One dense decoder-only transformer for every family: Llama, Mistral, Qwen2 and Qwen3 differ in its switches only.
 
 Weights are tensors in the dtype of computation, matrices perhaps int8; q, k and v are one matrix, gate and up another. Rows of a step
-are the new tokens of all its sequences, one after the other.
+are the new tokens of all its sequences, one after the other. Of several ranks each has a shard (parallel/), with a config of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from splitfire.engine.kernels.norm import rms_norm, silu_mul
 from splitfire.engine.kernels.rope import CacheTargets, QkNorm, Rotation, rope_norm_write
 from splitfire.engine.logits import Logits
 from splitfire.engine.models.rope import RopeTable
+from splitfire.engine.parallel.group import ALONE, Group
 from splitfire.engine.pool import KvPool
 
 
@@ -77,10 +78,11 @@ def step_input(batch: StepBatch, pool: KvPool) -> StepInput:
 class Transformer:
     """The reference, in torch, on any device. Engine thread only."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, rope: RopeTable, group: Group = ALONE) -> None:
         self.config = config
         self.weights = weights
         self.rope = rope
+        self.group = group
 
     def compute(self, batch: StepBatch, pool: KvPool) -> Logits:
         """Writes the KV of every row into the pool; logits of those that are asked for."""
@@ -97,12 +99,14 @@ class Transformer:
             normed = rms_norm(hidden, layer.input_norm, self.config.rms_norm_eps)
             hidden = hidden + self._attention(index, normed, layer, rotation, step, pool)
             normed = rms_norm(hidden, layer.post_norm, self.config.rms_norm_eps)
-            hidden = hidden + linear(silu_mul(linear(normed, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+            gated = silu_mul(linear(normed, layer.gate_up, layer.gate_up_bias))
+            hidden = hidden + self.group.all_reduce(linear(gated, layer.down, layer.down_bias))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [rows, vocab], fp32."""
-        return linear(rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps), self.weights.lm_head).float()
+        """[rows, hidden] -> [rows, vocab], fp32, on rank 0."""
+        normed = rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps)
+        return self.group.gather_columns(linear(normed, self.weights.lm_head), self.config.vocab_size).float()
 
     def _attention(
         self, index: int, normed: Tensor, layer: LayerWeights, rotation: Rotation, step: StepInput, pool: KvPool
@@ -114,4 +118,4 @@ class Transformer:
         cache = pool.layer(index)
         q = rope_norm_write(q, k, v, rotation, layer.qk_norm, cache, step.targets)
         mixed = attend(q, cache, step.attention, config.head_dim**-0.5, config.windows[index])
-        return linear(mixed.view(num_tokens, -1), layer.out, layer.out_bias)
+        return self.group.all_reduce(linear(mixed.view(num_tokens, -1), layer.out, layer.out_bias))

@@ -1,0 +1,79 @@
+"""Which part of a model each rank of a worker holds. Pure numbers.
+
+As in Megatron-LM (Shoeybi et al. 2019): q, k and v are cut by heads, gate and up by the intermediate size, and out and down by their
+inputs, so that a layer needs two sums over the ranks. The head is cut by rows of the vocabulary, as evenly as it goes; norms and the
+embedding are everywhere. Ranges are half-open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import gcd
+
+from splitfire.core.errors import ConfigError
+from splitfire.core.layout import KvLayout
+from splitfire.core.model_config import ModelConfig
+
+
+def share(count: int, rank: int, size: int) -> range:
+    """Rank `rank`'s of `count` things in order: equal shares, but the last ones get less if `size` does not divide."""
+    most = -(-count // size)
+    return range(min(rank * most, count), min((rank + 1) * most, count))
+
+
+def qkv_rows(config: ModelConfig, rank: int, size: int) -> tuple[range, ...]:
+    """Of a layer's fused matrix: the rank's heads of q, of k and of v."""
+    num_kv_heads = config.num_kv_heads
+    q, k = share(config.num_heads, rank, size), share(num_kv_heads, rank, size)
+    starts = (0, config.num_heads, config.num_heads + num_kv_heads)
+    heads = (_shifted(mine, start) for mine, start in zip((q, k, k), starts, strict=True))
+    return tuple(range(mine.start * config.head_dim, mine.stop * config.head_dim) for mine in heads)
+
+
+def gate_up_rows(config: ModelConfig, rank: int, size: int) -> tuple[range, ...]:
+    """Of a layer's fused matrix."""
+    gate = share(config.intermediate_size, rank, size)
+    return gate, _shifted(gate, config.intermediate_size)
+
+
+def out_columns(config: ModelConfig, rank: int, size: int) -> range:
+    heads = share(config.num_heads, rank, size)
+    return range(heads.start * config.head_dim, heads.stop * config.head_dim)
+
+
+def down_columns(config: ModelConfig, rank: int, size: int) -> range:
+    return share(config.intermediate_size, rank, size)
+
+
+def shard_config(config: ModelConfig, size: int) -> ModelConfig:
+    """What a rank's shard is by itself. The vocabulary stays whole: every rank embeds every token."""
+    return replace(
+        config,
+        num_heads=config.num_heads // size,
+        num_kv_heads=config.num_kv_heads // size,
+        intermediate_size=config.intermediate_size // size,
+    )
+
+
+def shard_layout(layout: KvLayout, size: int) -> KvLayout:
+    """A rank's part of a block."""
+    return replace(layout, num_kv_heads=layout.num_kv_heads // size)
+
+
+def require_shards(config: ModelConfig, size: int) -> None:
+    """ConfigError when a model cannot be cut into `size` equal shards."""
+    counts = {
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.intermediate_size,
+    }
+    for name, count in counts.items():
+        if count % size:
+            raise ConfigError(
+                f"tensor_parallel is {size}, which does not divide the model's {name} = {count}; "
+                f"use a divisor of {gcd(*counts.values())}"
+            )
+
+
+def _shifted(part: range, by: int) -> range:
+    return range(part.start + by, part.stop + by)
