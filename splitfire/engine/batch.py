@@ -15,7 +15,7 @@ from splitfire.engine.scheduler import Slice, Step
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """Rows are the tokens that get KV in this step, one sequence after the other: first those that decode, a row each, then
-    the others. Valid until the step is over: tables are the engine's own, and change with the next schedule."""
+    the others. Valid until the next schedule: tables are the engine's own, and change with it."""
 
     token_ids: Ints  # [num_rows]; NOBODY where the step in flight decides
     positions: Ints  # [num_rows] of each token in its sequence

@@ -66,7 +66,8 @@ def _draw_decoding(rows: Logits, step: Step) -> tuple[Ints, dict[int, Drawn]]:
     columns, lanes = step.lanes, step.decoding.lanes
     token_ids = rows.best[: len(lanes)]
     is_finite = token_ids >= 0
-    is_plain = is_finite & ((columns.plain_from if rows.is_drawn else columns.greedy_from)[lanes] <= columns.num_tokens[lanes])
+    is_drawn = columns.greedy_from[lanes] <= columns.num_tokens[lanes] if rows.is_drawn is None else rows.is_drawn[: len(lanes)]
+    is_plain = is_finite & is_drawn & ~columns.needs_host[lanes]
     if is_plain.all():
         return token_ids, {}
     others = {i: Drawn((), "nonfinite_logits") for i in (~is_finite).nonzero()[0].tolist()}
@@ -74,16 +75,20 @@ def _draw_decoding(rows: Logits, step: Step) -> tuple[Ints, dict[int, Drawn]]:
     wanted: dict[int, SampleRow] = {}
     sequences = dict(zip(asked.tolist(), columns.at(lanes[asked]), strict=True))
     for i, sequence in sequences.items():
+        if is_drawn[i] and sequence.spec.sampling.logprobs is None:
+            token = SampledToken(int(token_ids[i]), None, ())
+            others[i] = Drawn((token,), is_over=_is_over_after(sequence, token))
+            continue
         try:
             wanted[i] = _row(newest(sequence), 0)
         except ConstraintFailed as exc:
             others[i] = Drawn((), exc.reason)
-    for i, token in zip(wanted, _sample_each(rows, rows.values[[*wanted]], [*wanted.values()]), strict=True):
-        is_over = token is not None and _is_over_after(sequences[i], token)
-        if token is not None and token.logprob is None and not is_over:
-            token_ids[i] = token.token_id
+    for i, one in zip(wanted, _sample_each(rows, rows.values[[*wanted]], [*wanted.values()]), strict=True):
+        is_over = one is not None and _is_over_after(sequences[i], one)
+        if one is not None and one.logprob is None and not is_over:
+            token_ids[i] = one.token_id
         else:
-            others[i] = Drawn((token,), is_over=is_over) if token is not None else Drawn((), "sampling_failed")
+            others[i] = Drawn((one,), is_over=is_over) if one is not None else Drawn((), "sampling_failed")
     return token_ids, others
 
 
@@ -93,15 +98,19 @@ def _draw_slice(rows: Logits, begin: int, piece: Slice) -> Drawn:
         return Drawn((), "nonfinite_logits")
     if piece.sequence.forks:
         return _draw_forks(rows, begin, piece)
-    plain_from = piece.sequence.plain_from if rows.is_drawn else piece.sequence.greedy_from
-    if plain_from is not None and piece.end >= plain_from:
+    greedy_from = piece.sequence.greedy_from if rows.is_drawn is None else None
+    is_drawn = rows.is_drawn is not None and bool(rows.is_drawn[begin])
+    if is_drawn and piece.sequence.needs_host:  # by its grammar's mask, and without drafts
+        token = SampledToken(int(rows.best[begin]), None, ())
+        return Drawn((token,), is_over=_is_over_after(piece.sequence, token))
+    if is_drawn or (greedy_from is not None and piece.end >= greedy_from):
         return Drawn(_verify_plain(rows, begin, piece))
     try:
         row = _row(piece, 0)
     except ConstraintFailed as exc:
         return Drawn((), exc.reason)
-    token = _sample_one(rows, rows.values[begin : begin + 1], row)
-    return _verify(rows, begin, piece, token) if token is not None else Drawn((), "sampling_failed")
+    first = _sample_one(rows, rows.values[begin : begin + 1], row)
+    return _verify(rows, begin, piece, first) if first is not None else Drawn((), "sampling_failed")
 
 
 def _draw_forks(rows: Logits, row: int, piece: Slice) -> Drawn:

@@ -55,6 +55,7 @@ class Lanes:
         self.commits_at = np.zeros(num_lanes, np.int64)  # computed tokens by which another block is full
         self.greedy_from = np.zeros(num_lanes, np.int64)  # tokens from which the next one is the plain argmax
         self.plain_from = np.zeros(num_lanes, np.int64)  # tokens from which it takes no more than logits and sampling parameters
+        self.needs_host = np.zeros(num_lanes, np.bool_)  # a token of it is not done with when it is drawn
         self.num_in_flight = np.zeros(num_lanes, np.int64)  # steps that were launched and are not over
         self.stop_ids = np.full((num_lanes, 2), NOBODY)
         self.block_tables = np.zeros((num_lanes, 16), np.int32)  # what is past a sequence's blocks is anything
@@ -109,6 +110,7 @@ class Lanes:
         self.ends_at[lane] = spec.ends_at
         self.greedy_from[lane] = sequence.greedy_from if sequence.greedy_from is not None else NEVER
         self.plain_from[lane] = sequence.plain_from if sequence.plain_from is not None else NEVER
+        self.needs_host[lane] = sequence.needs_host
         stop_ids = sorted(spec.stopping.stop_token_ids)
         self.stop_ids = _widened(self.stop_ids, len(stop_ids), NOBODY)
         self.stop_ids[lane] = NOBODY

@@ -18,7 +18,7 @@ class Logits:
     values: Tensor  # [num_rows, vocab] fp32
     best: NDArray[np.int64]  # [num_rows] the most likely token, the first of equals; -1 where a logit is not finite
     draw: Draw = draw_row  # the body of it that suits where they are
-    is_drawn: bool = False  # `best` is what each row's own sampling parameters make of it, where it takes no more than those
+    is_drawn: NDArray[np.bool_] | None = None  # [num_rows] where `best` is the token that the row's sequence gets; None: nowhere
 
     @classmethod
     def of(cls, values: Tensor) -> Logits:

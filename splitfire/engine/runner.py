@@ -33,7 +33,7 @@ class Launched(Protocol):
     """A step that was given to the device."""
 
     def tokens(self) -> StepTokens:
-        """Waits for what it comes to. To be called once."""
+        """Waits for what it comes to; the device is done with the step then. To be called once."""
 
 
 class StepRunner(Protocol):
@@ -56,7 +56,7 @@ class StepRunner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class Ready:
     """A step whose results are there."""
 
     result: StepTokens
@@ -74,10 +74,13 @@ class Runner:
         self.model = model
         self.pool = pool
 
-    def launch(self, step: Step) -> Done:
-        return Done(self.run(step))
+    def launch(self, step: Step) -> Ready:
+        return Ready(self.run(step))
 
     def run(self, step: Step) -> StepTokens:
         """Computes the KV of every row, and a token, or several, for each sequence whose end the step reaches."""
         with torch.inference_mode():
-            return draw(self.model.compute(batch_of(step), self.pool), step)
+            tokens = draw(self.model.compute(batch_of(step), self.pool), step)
+        if self.pool.device.type == "cuda":
+            torch.cuda.current_stream(self.pool.device).synchronize()  # a chunk that ends no prompt has nothing to wait for
+        return tokens

@@ -175,9 +175,8 @@ class Scheduler:
         self.lanes.decode(sequence)
 
     def may_run_behind(self, step: Step) -> bool:
-        """Whether the next step can be scheduled while `step` runs: all of it decodes, and no token of it is drawn here."""
-        lanes = step.decoding.lanes
-        return not step.slices and bool((self.lanes.plain_from[lanes] <= self.lanes.num_tokens[lanes]).all())
+        """Whether the next step can be scheduled while `step` runs: all of it decodes, and nothing waits for a token of it."""
+        return not step.slices and not self.lanes.needs_host[step.decoding.lanes].any()
 
     def is_leaving(self, sequence: Sequence) -> bool:
         """It has ended, while a step in flight had it."""

@@ -122,10 +122,15 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
+    def needs_host(self) -> bool:
+        """There is more to a token than which it is: a grammar follows it, or its log-probability is told."""
+        return self.constraint is not None or self.spec.sampling.logprobs is not None
+
+    @property
     def plain_from(self) -> int | None:
         """Tokens from which on the next one takes no more than logits and sampling parameters; None when it always takes more."""
         params, stopping = self.spec.sampling, self.spec.stopping
-        if self.constraint is not None or params.has_penalties or params.logit_bias or params.logprobs is not None:
+        if self.needs_host or params.has_penalties or params.logit_bias:
             return None
         return len(self.spec.prompt) + (stopping.min_tokens if stopping.stop_token_ids else 0)
 

@@ -55,7 +55,7 @@ class AheadRunner:
                     best[row] = self._drawn(logits, row, piece.sequence, pending + count)
                 row += 1
         self._newest[step.decoding.lanes] = best[: len(step.decoding)]
-        return Waiting(replace(logits, best=best, is_drawn=True), step)
+        return Waiting(replace(logits, best=best, is_drawn=np.ones(len(best), np.bool_)), step)
 
     def run(self, step: Step) -> StepTokens:
         return self.launch(step).tokens()
@@ -63,5 +63,6 @@ class AheadRunner:
     def _drawn(self, logits: Logits, row: int, sequence: Sequence, num_more: int) -> int:
         spec = sequence.spec
         position = sequence.num_tokens + num_more
+        assert sequence.plain_from is not None and position >= sequence.plain_from, "this runner knows nothing else"
         asked = SampleRow(replace(spec.sampling, logprobs=None), spec.choice, position, (), (), frozenset())
         return sample(logits.values[row : row + 1], [asked], logits.draw)[0].token_id

@@ -41,7 +41,7 @@ from splitfire.engine.engine import Engine
 from splitfire.engine.kernels.sample import SampledToken
 from splitfire.engine.lending import Reservation
 from splitfire.engine.pool import KvPool
-from splitfire.engine.runner import Done
+from splitfire.engine.runner import Ready
 from splitfire.engine.scheduler import Budget, Slice, Step
 from splitfire.engine.sequence import SeqId, SequenceSpec
 from splitfire.engine.updates import StepResult
@@ -237,8 +237,8 @@ class SimRunner:
         self.vocab_size = VOCAB
         self._violations = violations
 
-    def launch(self, step: Step) -> Done:
-        return Done(self.run(step))
+    def launch(self, step: Step) -> Ready:
+        return Ready(self.run(step))
 
     def run(self, step: Step) -> StepTokens:
         drawn = {}

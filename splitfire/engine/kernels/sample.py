@@ -143,7 +143,12 @@ def _draw(scores: Tensor, key: int) -> int:
 
 def noise_key(seed: int, choice: int, position: int) -> int:
     """64 bits that are different for every (seed, choice, position)."""
-    return _mix(_mix(_mix(seed + _GOLDEN) ^ choice) + position * _GOLDEN)
+    return _mix(lane_key(seed, choice) + position * _GOLDEN)
+
+
+def lane_key(seed: int, choice: int) -> int:
+    """What of it does not depend on the position."""
+    return _mix(_mix(seed + _GOLDEN) ^ choice)
 
 
 def gumbel(key: int, token_ids: Tensor) -> Tensor:

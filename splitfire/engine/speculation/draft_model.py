@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.lanes import Lanes
-from splitfire.engine.runner import Runner
+from splitfire.engine.runner import StepRunner
 from splitfire.engine.scheduler import Slice, Step
 from splitfire.engine.sequence import Purpose, SeqId, Sequence
 
@@ -25,7 +25,7 @@ class DraftModel:
     """Owns the mirrors, a lane for each of at most `max_mirrors`, and the draft pool. Invariant: a mirror's first `num_sure` tokens
     are the target's."""
 
-    def __init__(self, runner: Runner, blocks: BlockPool, max_context: int, max_mirrors: int) -> None:
+    def __init__(self, runner: StepRunner, blocks: BlockPool, max_context: int, max_mirrors: int) -> None:
         self.runner = runner
         self.blocks = blocks
         self._max_context = max_context

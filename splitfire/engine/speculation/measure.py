@@ -11,7 +11,7 @@ from splitfire.core.hashing import BlockHash
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.engine.blocks import BlockId
 from splitfire.engine.lanes import Lanes
-from splitfire.engine.runner import Runner
+from splitfire.engine.runner import StepRunner
 from splitfire.engine.scheduler import Slice, Step
 from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
 from splitfire.engine.speculation.costs import CostPoint
@@ -29,7 +29,7 @@ DRAFT_SHAPES = ((1, 1), (64, 64), (4, 4), (16, 16))
 
 
 def measure_steps(
-    runner: Runner, shapes: Iterable[tuple[int, int]], most_s: float, max_sequences: int, clock: Callable[[], float]
+    runner: StepRunner, shapes: Iterable[tuple[int, int]], most_s: float, max_sequences: int, clock: Callable[[], float]
 ) -> tuple[CostPoint, ...]:
     """The least of up to three times of each (sequences, rows), for about `most_s` in all; at least the first two shapes."""
     room = runner.pool.num_blocks * runner.pool.layout.block_size - CONTEXT
@@ -48,17 +48,17 @@ def measure_steps(
     return tuple(CostPoint(num_sequences, rows, seconds) for (num_sequences, rows), seconds in least.items())
 
 
-def _time_step(runner: Runner, num_sequences: int, rows: int, clock: Callable[[], float]) -> float:
-    step = _make_step(runner, num_sequences, rows // num_sequences - 1)
+def _time_step(runner: StepRunner, num_sequences: int, rows: int, clock: Callable[[], float]) -> float:
+    step = make_step(runner, num_sequences, rows // num_sequences - 1)
     began = clock()
     runner.run(step)
     return clock() - began
 
 
-def _make_step(runner: Runner, num_sequences: int, num_drafts: int) -> Step:
-    """Sequences that decode, each with so many drafts."""
+def make_step(runner: StepRunner, num_sequences: int, num_drafts: int, context: int = CONTEXT) -> Step:
+    """Sequences that decode, each with so many drafts, all in the same blocks."""
     layout = runner.pool.layout
-    context = min(CONTEXT, runner.pool.num_blocks * layout.block_size - num_drafts)
+    context = min(context, runner.pool.num_blocks * layout.block_size - num_drafts)
     block_ids = [BlockId(i) for i in range(layout.blocks_for(context + num_drafts))]
     prompt = tuple(i % min(7, runner.model.config.vocab_size) for i in range(context - 1))
     greedy, stopping = SamplingParams(temperature=0.0), StopParams(WIDEST + 1)

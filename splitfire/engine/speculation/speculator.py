@@ -77,7 +77,8 @@ class BatchSpeculator:
 
     def skip(self, num_decoding: int) -> None:
         self._proposing_s = 0.0
-        self._num_quiet = self._num_quiet + 1 if num_decoding == self._num_sequences else 0
+        quiet = self._num_quiet + 1  # who is new is looked at within LONGEST_NAP steps
+        self._num_quiet = quiet if num_decoding == self._num_sequences else min(quiet, QUIET_STEPS)
         self._num_sequences = num_decoding
 
     def propose(self, decoding: Seq[Sequence], room: int) -> Mapping[SeqId, Draft]:

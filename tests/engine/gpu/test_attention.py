@@ -24,7 +24,10 @@ SHAPES = [
     [(5, 5), (1, 400), (3, 129)],
     [(45, 100), (1, 9), (22, 90)],
 ]
-FORMATS = [torch.float32, torch.int8, torch.float8_e4m3fn]
+CASES = [
+    *((shapes, torch.float32) for shapes in SHAPES),
+    *((SHAPES[i], dtype) for i in (1, 3) for dtype in (torch.int8, torch.float8_e4m3fn)),
+]
 
 
 def spans_of(spans: Sequence[QuerySpan], padding: int = 2) -> Spans:
@@ -65,9 +68,8 @@ def prefill(q: Tensor, cache: LayerCache, spans: Sequence[QuerySpan], window: in
     return out
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("window", [None, 70])
-@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize(("shapes", "dtype"), CASES, ids=str)
 def test_both_compute_what_the_torch_op_computes(shapes: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
     q, elements, spans, _ = attention_case(shapes)
     cache = LayerCache(elements, None) if dtype == torch.float32 else quantised_cache(elements, dtype)
@@ -76,7 +78,7 @@ def test_both_compute_what_the_torch_op_computes(shapes: list[tuple[int, int]], 
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 7, 60])
+@pytest.mark.parametrize("programs", [1, 7, 30])
 def test_no_number_of_programs_changes_what_is_computed(programs: int) -> None:
     """Pieces begin and end anywhere: within an item, at its ends; one item has many of them, and some have none."""
     q, elements, spans, _ = attention_case([(1, 500), (1, 20), (2, 130)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from splitfire.engine.kernels.gpu import prepare
 from splitfire.engine.models import gpu
 from splitfire.engine.models.gpu import GpuTransformer
 from splitfire.engine.models.transformer import Transformer
@@ -23,7 +24,8 @@ def twin(model: Transformer) -> GpuTransformer:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_what_torch_computes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "FEW_ROWS", 6)  # so that smaller chunks count as many
+    monkeypatch.setattr(prepare, "FEW_ROWS", 6)  # so that smaller chunks count as many
+    monkeypatch.setattr(gpu, "FEW_ROWS", 6)
     save_checkpoint(family_configs()[name], tmp_path)
     model, prompts = load_model(tmp_path), prompts_of(40, 12, 1)
     reference, bench = Bench(model, "fp32", prompts), Bench(twin(model), "fp32", prompts)

@@ -7,12 +7,11 @@ to even, and fp8 by integer arithmetic, which the interpreter and every processo
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from splitfire.engine.kernels.gpu.flash import format_of
+from splitfire.engine.kernels.gpu.arguments import INT8, PLAIN, Cache, format_of
 from splitfire.engine.kernels.rope import CacheTargets, QkNorm, Rotation
 from splitfire.engine.pool import LayerCache
 
@@ -27,18 +26,14 @@ def rope_norm_write(
     targets: CacheTargets,  # a token whose block is negative is written nowhere
 ) -> Tensor:  # [num_tokens, num_heads, head_dim]: what attention takes as queries with this cache; a view of qkv
     """As ../rope.py's."""
-    elements, scales = cache.elements, cache.scales
     num_tokens, num_vectors, head_dim = qkv.shape
-    num_kv_heads, block_size = elements.shape[2:4]
+    num_kv_heads, block_size = cache.elements.shape[2:4]
     num_heads = num_vectors - 2 * num_kv_heads
     if num_tokens:
-        raw_format = format_of(cache)
         weights = (qkv, qkv) if norm is None else (norm.q_weight, norm.k_weight)
-        scale_strides = (0, 0) if scales is None else scales.stride()[:2]
         _rope_norm_write[num_tokens, 3](
-            qkv, rotation.cos, rotation.sin, *weights, elements.view(torch.uint8) if raw_format == 2 else elements, scales,
-            targets.blocks, targets.offsets, *elements.stride()[:2], *scale_strides, num_heads, num_kv_heads,
-            0.0 if norm is None else norm.eps, norm is not None, raw_format, block_size, head_dim,
+            qkv, rotation.cos, rotation.sin, *weights, Cache.of(cache), targets.blocks, targets.offsets, num_heads, num_kv_heads,
+            0.0 if norm is None else norm.eps, norm is not None, format_of(cache), block_size, head_dim,
             triton.next_power_of_2(head_dim), HEADS, num_warps=4,
         )  # fmt: skip
     return qkv[:, :num_heads]
@@ -51,14 +46,9 @@ def _rope_norm_write(
     sin,
     q_weight,  # [DIM]
     k_weight,
-    elements,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE, DIM]
-    scales,  # [num_blocks, 2, num_kv_heads, BLOCK_SIZE]
+    cache,  # flash.Cache
     blocks,  # [num_tokens]
     offsets,  # [num_tokens]
-    block_stride,
-    side_stride,
-    scale_block_stride,
-    scale_side_stride,
     num_heads,
     num_kv_heads,
     eps,
@@ -97,7 +87,7 @@ def _rope_norm_write(
             along = x.to(tl.float32) * tl.load(cos + angle, i < DIM, 0.0).to(dtype).to(tl.float32)[None, :]
             x = tl.where((i < DIM // 2)[None, :], along - across, along + across).to(dtype)
         wide = x.to(tl.float32)
-        if FORMAT != 0:
+        if FORMAT != PLAIN:
             if kind < 2:
                 wide = hadamard(wide, HEADS, WIDTH, RUN)
         if kind == 0:
@@ -107,20 +97,26 @@ def _rope_norm_write(
             offset = tl.load(offsets + token)
             if block >= 0:
                 vector = head * BLOCK_SIZE + offset
-                to = elements + block * block_stride + (kind - 1) * side_stride + vector[:, None] * DIM + i[None, :]
-                if FORMAT == 0:
-                    tl.store(to, wide.to(elements.dtype.element_ty), is_there)
+                to = (
+                    cache.elements
+                    + block * cache.block_stride
+                    + (kind - 1) * cache.side_stride
+                    + vector[:, None] * DIM
+                    + i[None, :]
+                )
+                if FORMAT == PLAIN:
+                    tl.store(to, wide.to(cache.elements.dtype.element_ty), is_there)
                 else:
-                    limit: tl.constexpr = 127.0 if FORMAT == 1 else 448.0
+                    limit: tl.constexpr = 127.0 if FORMAT == INT8 else 448.0
                     scale = tl.div_rn(tl.max(tl.where(wide == wide, tl.abs(wide), 0.0), 1), limit)
                     # From 65520 on fp16 rounds to infinity.
                     is_bad = (tl.max(tl.where(wide != wide, 1, 0), 1) > 0) | ~(scale < 65520.0)
                     divisor = tl.where(is_bad, 0.0, scale).to(tl.float16).to(tl.float32)
                     ratio = tl.div_rn(tl.where(is_bad[:, None], 0.0, wide), tl.where(divisor == 0, 1.0, divisor)[:, None])
                     ratio = tl.where((divisor == 0)[:, None], 0.0, tl.minimum(tl.maximum(ratio, -limit), limit))
-                    scale_to = scales + block * scale_block_stride + (kind - 1) * scale_side_stride + vector
+                    scale_to = cache.scales + block * cache.scale_block_stride + (kind - 1) * cache.scale_side_stride + vector
                     tl.store(scale_to, tl.where(is_bad, float("nan"), divisor).to(tl.float16), head < count)
-                    if FORMAT == 1:
+                    if FORMAT == INT8:
                         tl.store(to, round_to_int8(ratio), is_there)
                     else:
                         tl.store(to, round_to_e4m3(ratio), is_there)
@@ -133,7 +129,8 @@ def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr):
         if (1 << stage) < RUN:
             a, b = tl.split(x.reshape(ROWS, WIDTH // (2 << stage), 2, 1 << stage).permute(0, 1, 3, 2))
             x = tl.join(a + b, a - b).permute(0, 1, 3, 2).reshape(ROWS, WIDTH)
-    return x * (1.0 / tl.sqrt_rn(RUN * 1.0))
+    FACTOR: tl.constexpr = RUN**-0.5  # rounded to fp32 from fp64 as torch does it, not from a root in fp32
+    return x * FACTOR
 
 
 @triton.jit

@@ -71,7 +71,8 @@ def draw(
     _look[num_rows, parts](*given, found, *known, num_warps=8)
     _best[num_rows, parts](*given, rows.keys, best, GUMBEL_MAX, *known, num_warps=8)
     filters = (rows.keys, rows.top_k, rows.top_p, rows.min_p)
-    _decide[num_rows,](*given, *filters, found, best, drawn.tokens, drawn.logprobs, GUMBEL_MAX, *known, num_warps=8)
+    # One program a row goes through the whole vocabulary: many threads, and with eight warps sm_80 spills 40 bytes (ptxas, 2026-11).
+    _decide[num_rows,](*given, *filters, found, best, drawn.tokens, drawn.logprobs, GUMBEL_MAX, *known, num_warps=16)
     return drawn
 
 
@@ -123,12 +124,18 @@ def share_of(part, vocab, PARTS: tl.constexpr, PIECE: tl.constexpr):
 
 
 @triton.jit
-def uniform_bits(key, token):
-    """SplitMix64 of key and token id, its high 32 bits."""
-    x = (token + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + key.to(tl.uint64, bitcast=True)
+def mix(key, number):
+    """SplitMix64 (Steele, Lea, Flood 2014) of key + number times its constant. uint64."""
+    x = key.to(tl.uint64, bitcast=True) + number.to(tl.uint64) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return (x ^ (x >> 31)) >> 32
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def uniform_bits(key, token):
+    """Of key and token id, the high 32 bits."""
+    return mix(key, token + 1) >> 32
 
 
 @triton.jit
