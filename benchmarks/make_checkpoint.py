@@ -35,7 +35,12 @@ SHAPES: Mapping[str, Mapping[str, int | float | bool]] = {
         num_hidden_layers=30, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64, intermediate_size=1536,
         vocab_size=49152, tie_word_embeddings=True, rope_theta=100000.0, max_position_embeddings=8192,
     ),
-    # The same proportions in a hundredth of the time: smoke runs.
+    # The KV of Llama-3.1-8B with small matrices: hand-offs that no computation hides.
+    "kv8b": dict(
+        num_hidden_layers=32, hidden_size=512, num_attention_heads=8, num_key_value_heads=8, head_dim=128, intermediate_size=1024,
+        vocab_size=4096, tie_word_embeddings=True, rope_theta=500000.0, max_position_embeddings=16384,
+    ),
+    # smol135's proportions in a hundredth of the time: smoke runs.
     "tiny": dict(
         num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64, intermediate_size=384,
         vocab_size=4096, tie_word_embeddings=True, rope_theta=100000.0, max_position_embeddings=8192,

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
@@ -64,6 +64,13 @@ def commit() -> str:
     return f"{described or 'unknown'}{'-dirty' if changed.returncode else ''}"
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of another CUDA version, or where only kernels are measured
+        return "not installed"
+
+
 def write(
     name: str,
     rows: Sequence[Row],
@@ -78,7 +85,7 @@ def write(
         "commit": commit(),
         "command": command or " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parents[1]), *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}, **(versions or {})},
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}, **(versions or {})},
         "rows": [asdict(row) for row in rows],
     }
     directory.mkdir(parents=True, exist_ok=True)

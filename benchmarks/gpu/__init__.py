@@ -1,0 +1,1 @@
+"""What a GPU has to show: correctness, then speed beside opponents, in one call."""
