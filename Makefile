@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine bench-gpu bench-opponents kernels-report checkpoint pico clean
+.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine test-gpu bench-gpu bench-opponents kernels-report checkpoint pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -37,6 +37,9 @@ bench: bench-handoff bench-batching bench-idle bench-gap bench-memory bench-qual
 
 kernels-report:  ## every Triton kernel compiled ahead for sm_90, sm_80 and gfx942: registers, spills, shared memory
 	TRITON_DEFAULT_FP_FUSION=1 .venv/bin/python -m benchmarks.kernels
+
+test-gpu:        ## the tests that want a GPU, with kernels compiled, not interpreted
+	TRITON_INTERPRET=0 .venv/bin/python -m pytest -m gpu
 
 # On a machine with a GPU: nine minutes. GPU=--dry only shows that it all runs, on a CPU.
 bench-gpu:       ## every kernel against fp32 and beside its opponents and floors, the step, the hand-off; needs a GPU

@@ -61,7 +61,7 @@ def num_warps(is_quantised: bool, head_dim: int, rows: int, chip: Chip) -> int:
     registers instead of 512, and up to 520 bytes spill (ptxas and LLVM, 2026-11)."""
     if chip == "gfx942":
         return 4
-    return 8 if rows >= 64 or (head_dim > 64 and (is_quantised or rows >= 32)) else 4
+    return 8 if rows >= 32 or (is_quantised and head_dim > 64) else 4
 
 
 def num_stages(is_quantised: bool, head_dim: int, rows: int, chip: Chip) -> int:
@@ -73,8 +73,8 @@ def num_stages(is_quantised: bool, head_dim: int, rows: int, chip: Chip) -> int:
 
 
 def merge_warps(rows: int, width: int) -> int:
-    """8 numbers a thread: with 16, 8 bytes of it spill on sm_90 (ptxas, 2026-11)."""
-    return max(1, rows * width // (32 * 8))
+    """A thread has 8 numbers: with 16 it spills 8 bytes on sm_90 (ptxas, 2026-11). 32 warps are the most there are."""
+    return min(32, max(1, rows * width // (32 * 8)))
 
 
 def attend_decode(

@@ -29,10 +29,9 @@ class Spans:
     contexts: Tensor  # [capacity] int32: tokens to attend to, those rows included
     lanes: Tensor  # [capacity] int32: the blocks of sequence i are tables[lanes[i], : ceil(contexts[i] / block_size)]
     tables: Tensor  # [num_lanes, max_blocks] int32
-    members: Tensor | None = (
-        None  # [num_members] int32: of groups of sequences (attend_shared.py) `begins` and `ends` are places in it,
-    )
-    # it has the rows of the step, and every row sees all of the context
+    # [num_members] int32, rows of the step, of groups of sequences (attend_shared.py): their begins and ends are places in it, and every
+    # row sees all of the context. None: rows are their own places.
+    members: Tensor | None = None
 
     @property
     def capacity(self) -> int:
