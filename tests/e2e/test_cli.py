@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -85,6 +86,13 @@ def test_a_refused_request_is_one_line(pico: RunningFleet) -> None:
     )
 
 
+def has_a_tester(process: psutil.Process) -> bool:
+    """It, or an ancestor, is of a test run beside this one. What the demo left behind would have lost its parents."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any("pytest" in " ".join(parent.cmdline()) for parent in process.parents())
+    return True  # it has ended by now
+
+
 def test_the_demo_does_the_main_job_and_leaves_nothing_running() -> None:
     before = {p.pid for p in psutil.process_iter()}
     began = time.monotonic()
@@ -94,9 +102,10 @@ def test_the_demo_does_the_main_job_and_leaves_nothing_running() -> None:
     assert "ucx over shared memory" in ran.stdout
     assert "KV: " in ran.stdout
     fresh = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
-    left = [
+    ours = [
         p for p in fresh if "splitfire" in (line := " ".join(p.info["cmdline"] or ())) and sys.prefix in line
     ]  # not another clone's
+    left = [p for p in ours if not has_a_tester(p)]
     assert not left
 
 
