@@ -38,6 +38,7 @@ from splitfire.engine.models.gpu import GpuTransformer, StepShape
 from splitfire.engine.pool import KvPool
 from splitfire.engine.scheduler import Step
 
+NO_LANES = np.zeros(0, np.int64)
 PARTS = 8  # of a row that is drawn again: one number for all, so that it is compiled once
 
 
@@ -82,8 +83,8 @@ class DeviceRunner:
         most_rows = ROWS[-1]
         self._ladder: Ladder[Outputs] = Ladder(low_tile.tile_tokens(self._group), shares=None in config.windows)
         self._words = torch.zeros(num_words(most_rows, most_rows, GROUPS), dtype=torch.int64, device=device)
-        self._prefixes: list[Prefix] = []  # of the sequences in the lanes that decoded last
-        self._prefix_lanes = np.zeros(0, np.int64)
+        self._prefixes: list[Prefix] = []  # of the sequences in these lanes, in this order
+        self._prefix_lanes = NO_LANES
         self._logits = torch.empty(most_rows, config.vocab_size, device=device)
 
     def record(self, recorder: Recorder, on_progress: Callable[[int, int], None]) -> None:
@@ -113,9 +114,10 @@ class DeviceRunner:
     def launch(self, step: Step) -> Flight:
         batch = batch_of(step)
         with torch.inference_mode():
-            has_new = self.state.follow(step.lanes, batch.lanes)
+            if self.state.follow(step.lanes, batch.lanes):
+                self._prefix_lanes = NO_LANES
             is_decoding = len(batch.logit_rows) == len(batch.token_ids)
-            outputs = self._replay(batch, has_new=has_new) if is_decoding else None
+            outputs = self._replay(batch) if is_decoding else None
             if outputs is None:
                 outputs = self._compute(batch, is_decoding=is_decoding)
             special = special_rows(step)
@@ -125,9 +127,9 @@ class DeviceRunner:
 
     # -- inside
 
-    def _replay(self, batch: StepBatch, *, has_new: bool) -> Outputs | None:
+    def _replay(self, batch: StepBatch) -> Outputs | None:
         counts = np.diff(batch.query_begins)
-        if has_new or not np.array_equal(batch.lanes, self._prefix_lanes):
+        if not np.array_equal(batch.lanes, self._prefix_lanes):
             tables = batch.block_tables[batch.lanes]
             self._prefixes = shared_prefixes(tables, batch.context_lens - counts, self.state.block_size)
             self._prefix_lanes = batch.lanes

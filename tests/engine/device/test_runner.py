@@ -217,6 +217,11 @@ def test_a_prefix_that_sequences_share_is_attended_once(model: Transformer, monk
     updates += drain(engine)
     assert {spec.seq_id: tokens_of(updates, spec) for spec in specs} == want
     assert any("_cut" in names and names.count("_attend") > 2 for names in recorder.replayed), "nobody shared anything"
+    made = cast(DeviceRunner, engine.runner)
+    assert len(made._prefix_lanes)
+    engine.add(replace(specs[0], seq_id=SeqId(10**7)))  # whose chunk is no replay: what was shared in its lane is not
+    engine.step()
+    assert not len(made._prefix_lanes)
 
 
 def test_what_is_compiled_beforehand_writes_nothing(model: Transformer) -> None:
