@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from splitfire.core.layout import KvLayout
 from splitfire.core.sampling import SamplingParams, StopParams, TokenBias
@@ -41,7 +42,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     path: Path = tmp_path_factory.mktemp("tiny")
-    save_checkpoint(family_configs()["qwen3"], path)
+    values = family_configs()["qwen3"].to_dict()
+    save_checkpoint(Qwen3Config(**{**values, "num_hidden_layers": 1, "layer_types": values["layer_types"][:1]}), path)
     return load_model(path)
 
 
@@ -103,7 +105,7 @@ def answers_of(engine: Engine, specs: Seq[SequenceSpec]) -> dict[SeqId, list[int
 
 def specs_of(*samplings: SamplingParams, max_tokens: int = 5) -> list[SequenceSpec]:
     draw = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(0, 4096, (9 + 13 * i,), generator=draw).tolist() for i in range(len(samplings))]
+    prompts = [torch.randint(0, 4096, (5 + 8 * i,), generator=draw).tolist() for i in range(len(samplings))]
     return [
         make_spec(p, max_tokens + i, sampling=s, block_size=SIZE) for i, (p, s) in enumerate(zip(prompts, samplings, strict=True))
     ]
@@ -206,17 +208,16 @@ def test_a_prefix_that_sequences_share_is_attended_once(model: Transformer, monk
     monkeypatch.setattr(shared_prefixes, "LEAST_SAVED", 64)
     monkeypatch.setattr(shared_prefixes, "SHORTEST", 64)
     stem = torch.randint(0, 4096, (70,), generator=torch.Generator().manual_seed(1)).tolist()
-    specs = [make_spec([*stem, *range(i, 9)], 4 + i, sampling=s, block_size=SIZE) for i, s in enumerate(MIX[:3])]
+    specs = [make_spec([*stem, *range(i, 5)], 6 + i, sampling=s, block_size=SIZE) for i, s in enumerate(MIX[:2])]
     want = answers_of(torch_engine(model), specs)
     recorder = Replayer()
     engine = device_engine(model, recorder)
     engine.add(specs[0])
     updates = [*engine.step().updates, *engine.step().updates, *engine.step().updates]
     engine.add(specs[1])
-    engine.add(specs[2])
     updates += drain(engine)
     assert {spec.seq_id: tokens_of(updates, spec) for spec in specs} == want
-    assert any("_cut" in names and names.count("_attend") > 2 for names in recorder.replayed), "nobody shared anything"
+    assert any("_cut" in names and names.count("_attend") == 2 for names in recorder.replayed), "nobody shared anything"
     made = cast(DeviceRunner, engine.runner)
     assert len(made._prefix_lanes)
     engine.add(replace(specs[0], seq_id=SeqId(10**7)))  # whose chunk is no replay: what was shared in its lane is not
