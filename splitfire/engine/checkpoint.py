@@ -31,6 +31,7 @@ from splitfire.engine.models.transformer import LayerWeights, Weights
 from splitfire.engine.tensors import EMBEDDING, FUSED, HEAD, NORM, CheckedTensors, check_tensors
 
 Progress = Callable[[int, int], None]  # elements done, elements in all
+Cut = Callable[[str, Matrix], Matrix]  # of a matrix, by its name without `.weight`, what is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,8 @@ class LoadOptions:
     keeps_stored: bool = False  # quantised ones as GroupedMatrix, where not is_int8; the compiled step of a CPU cannot read them
 
 
-def load_weights(model: ModelDir, options: LoadOptions, progress: Progress | None = None) -> Weights:
-    """Reads, checks and fuses all weights. ModelError when anything is not as config.json says."""
+def load_weights(model: ModelDir, options: LoadOptions, progress: Progress | None = None, cut: Cut | None = None) -> Weights:
+    """Reads, checks and fuses all weights. ModelError when anything is not as config.json says. cut: while reading."""
     checked = check_tensors(model.config, model.tensors())
     with _Files() as files:
         loader = _Loader(files, options)
@@ -54,7 +55,8 @@ def load_weights(model: ModelDir, options: LoadOptions, progress: Progress | Non
         matrices: dict[str, Matrix] = {}
         vectors: dict[str, Tensor] = {}
         for matrix in _with_progress(checked, progress):
-            matrices[matrix.name] = loader.matrix(matrix)
+            whole = loader.matrix(matrix)
+            matrices[matrix.name] = whole if cut is None else cut(matrix.name, whole)
         for name, entry in checked.vectors.items():
             vectors[name] = loader.plain(name, entry)
     return _assemble(model.config, matrices, vectors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from splitfire.core.model_source import resolve_model
 from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
+from splitfire.engine.checkpoint import Progress as LoadProgress
 from splitfire.engine.device_memory import require_shareable
 from splitfire.engine.engine import Engine
 from splitfire.engine.grammar import GrammarCompiler
@@ -122,9 +124,10 @@ def _load_runner(
     config = model.config
     with ThreadPoolExecutor(1, "digest") as pool:
         digest = pool.submit(weights_digest, sorted({entry.file for entry in model.tensors().values()}))
-        weights = _load(model, options if followers is None else plan.load_options)
-        if followers is not None:
-            weights = plan.cut(weights, config, 0)
+        if followers is None:
+            weights = _load(model, lambda progress: load_weights(model, options, progress))
+        else:
+            weights = _load(model, lambda progress: plan.load(model, 0, progress))
         fingerprint = Fingerprint(
             digest.result(),
             model.config_digest,
@@ -191,15 +194,15 @@ def _grammars(model: ModelDir) -> GrammarCompiler | None:
         return None
 
 
-def _load(model: ModelDir, options: LoadOptions) -> Weights:
+def _load(model: ModelDir, read: Callable[[LoadProgress | None], Weights]) -> Weights:
     if unused := check_tensors(model.config, model.tensors()).unused:
         log.info("the checkpoint's scales of activations and KV are not used", tensors=len(unused), first=unused[0])
     if not sys.stderr.isatty():
-        return load_weights(model, options)
+        return read(None)
     columns = (TextColumn("loading {task.fields[name]}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("load", total=None, name=model.path.name)
-        return load_weights(model, options, lambda done, total: bar.update(task, completed=done, total=total))
+        return read(lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def _device(settings: WorkerSettings) -> torch.device:
@@ -236,13 +239,12 @@ def _check_ranks(plan: RankPlan, model: ModelDir, draft: DraftPlan | None, slot_
     """`check_memory` where each rank is. slot_bytes: of the rings at their largest, which are where rank 0's GPU is if it has one."""
     draft_weights, draft_pool = (draft.weight_bytes, draft.pool_bytes) if draft is not None else (0, 0)
     pool = plan.num_blocks * plan.rank_layout.block_bytes
-    if plan.device == "cpu":  # all in the same memory, where each has the whole model while it loads
-        weights = _weight_bytes(plan, model)
-        check_memory(plan.size * weights + draft_weights, plan.size * pool + draft_pool, plan.device_of(0))
-        return
     whole, config = _weight_bytes(plan, model), model.config
     embedding = config.vocab_size * config.hidden_size * DTYPE_BYTES[plan.held]  # every rank has all of it
     weights = whole if plan.size == 1 else whole // plan.size + embedding
+    if plan.device == "cpu":  # all in the same memory
+        check_memory(plan.size * weights + draft_weights, plan.size * pool + draft_pool, plan.device_of(0))
+        return
     for rank in range(plan.size):
         check_memory(weights + draft_weights, pool + draft_pool + (0 if rank else slot_bytes), plan.device_of(rank))
 

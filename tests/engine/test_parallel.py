@@ -9,22 +9,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import Qwen3Config
 
 from splitfire.core.errors import ConfigError
 from splitfire.core.layout import DTYPE_BYTES, KvLayout
 from splitfire.core.model_dir import ModelDir
+from splitfire.engine import checkpoint
 from splitfire.engine.batch import StepBatch
 from splitfire.engine.blocks import BlockCopy, BlockId, BlockPool
-from splitfire.engine.checkpoint import load_weights
 from splitfire.engine.engine import Engine
+from splitfire.engine.formats.stored import StoredMatrix
 from splitfire.engine.kernels.linear import (
     GroupedMatrix,
     Int8Matrix,
@@ -34,6 +36,8 @@ from splitfire.engine.kernels.linear import (
     pack_int4,
     quantise_rows,
 )
+from splitfire.engine.models.transformer import Weights
+from splitfire.engine.parallel import weights
 from splitfire.engine.parallel.channel import Channel
 from splitfire.engine.parallel.follower import serve
 from splitfire.engine.parallel.followers import Followers
@@ -43,7 +47,7 @@ from splitfire.engine.parallel.matrices import columns, rows
 from splitfire.engine.parallel.pack import pack, unpack
 from splitfire.engine.parallel.plan import RankPlan
 from splitfire.engine.parallel.pools import ShardedPool, map_pool, new_memory
-from splitfire.engine.parallel.shards import gate_up_rows, out_columns, qkv_rows, require_shards, shard_layout, share
+from splitfire.engine.parallel.shards import gate_up_rows, kept_columns, qkv_rows, require_shards, shard_layout, share
 from splitfire.engine.parallel.steps import decode, encode
 from splitfire.engine.pool import KvPool
 from splitfire.engine.runner import Model, Runner
@@ -81,9 +85,39 @@ def test_a_rank_has_the_queries_of_its_keys(size: int, kv_heads: int, group: int
         assert [row for part in parts for row in part[which]] == list(range(begin, begin + count))
     for rank, (q, k, _) in enumerate(parts):
         assert {row // 8 // group for row in q} == {(row - q_rows) // 8 for row in k}
-        assert q == out_columns(config, rank, size), "what out takes is what attention gives"
+        assert q == kept_columns(config, "model.layers.0.self_attn.o_proj", rank, size), "what out takes is what attention gives"
     halves = [gate_up_rows(config, rank, size) for rank in range(size)]
     assert [row for which in (0, 1) for part in halves for row in part[which]] == list(range(2 * size * width))
+
+
+def test_a_rank_never_holds_two_whole_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it reads: each is cut before the next comes."""
+    save_checkpoint(family_configs()["llama"], tmp_path)
+    events: list[str] = []
+    read, part = checkpoint._Loader.matrix, weights._Cutter.part
+
+    def reading(loader: checkpoint._Loader, matrix: StoredMatrix) -> Matrix:
+        events.append(f"read {matrix.name}")
+        return read(loader, matrix)
+
+    def cutting(cutter: weights._Cutter, name: str, whole: Matrix) -> Matrix:
+        events.append(f"cut {name}")
+        return part(cutter, name, whole)
+
+    monkeypatch.setattr(checkpoint._Loader, "matrix", reading)
+    monkeypatch.setattr(weights._Cutter, "part", cutting)
+    options = checkpoint.LoadOptions(torch.float32, CPU)
+    shard = weights.load_shard(ModelDir(tmp_path), options, 1, 2, CPU)
+    names = [event.removeprefix("read ") for event in events[::2]]
+    assert len(names) > 9 and events[1::2] == [f"cut {name}" for name in names]
+    whole = checkpoint.load_weights(ModelDir(tmp_path), options)
+    sizes = [(a.numel(), b.numel()) for a, b in zip(_matrices(shard), _matrices(whole), strict=True)]
+    assert all(2 * mine == theirs for mine, theirs in sizes)
+
+
+def _matrices(held: Weights) -> list[Tensor]:
+    found = [m for layer in held.layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    return [cast(Tensor, m) for m in (*found, held.lm_head)]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +237,7 @@ class Threads(Followers):
 
     def model(self, rank: int) -> Model:
         model = ModelDir(Path(self._plan.model))
-        shard = self._plan.cut(load_weights(model, self._plan.load_options), model.config, rank)
+        shard = self._plan.load(model, rank)
         return self._plan.build(shard, model.config, join(rank, self._plan.size, CPU, self._meeting_file, self._timeout_s))
 
     def close(self) -> None:

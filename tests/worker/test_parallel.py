@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from splitfire.core.errors import ConfigError
 from splitfire.core.settings import WorkerSettings, parse_settings
+from splitfire.engine.models.transformer import Weights
 from splitfire.engine.parallel.followers import RankLost
 from splitfire.engine.parallel.plan import RankPlan
 from splitfire.worker import loading
@@ -79,14 +81,14 @@ def test_two_ranks_answer_as_one_until_one_is_killed(tmp_path: Path) -> None:
 def test_a_rank_that_ends_while_it_loads_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here because it is killed; in life for lack of memory."""
     save_checkpoint(family_configs()["llama"], tmp_path)
-    cut = RankPlan.cut
+    read = RankPlan.load
 
-    def kill_and_cut(*args: object) -> object:
+    def kill_and_read(*args: Any) -> Weights:
         for child in psutil.Process().children():
             child.kill()
-        return cut(*args)  # type: ignore[arg-type]
+        return read(*args)
 
-    monkeypatch.setattr(RankPlan, "cut", kill_and_cut)
+    monkeypatch.setattr(RankPlan, "load", kill_and_read)
     with pytest.raises(RankLost, match="rank 1 ended with code -9"):
         load(tmp_path, "--tensor-parallel=2")
     assert not psutil.Process().children()
@@ -130,7 +132,7 @@ def test_more_ranks_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_memory_is_counted_for_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(family_configs()["llama"], tmp_path)
+    config = save_checkpoint(family_configs()["llama"], tmp_path).config
     asked: list[tuple[int, int]] = []
 
     class Enough(Exception):
@@ -145,5 +147,6 @@ def test_memory_is_counted_for_every_rank(tmp_path: Path, monkeypatch: pytest.Mo
     load(tmp_path)
     with pytest.raises(Enough):
         load(tmp_path, "--tensor-parallel=2")
-    assert asked[1][0] == 2 * asked[0][0], "each rank has the whole model while it loads"
+    embedding = 4 * config.vocab_size * config.hidden_size
+    assert asked[1][0] == asked[0][0] + 2 * embedding, "each rank has its share, and counts the embedding whole"
     assert asked[0][1] - 8192 <= asked[1][1] // 2 <= asked[0][1], "and a pool of its own"

@@ -16,7 +16,6 @@ from splitfire.core.errors import ConfigError
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.process import end_with_parent
 from splitfire.core.settings import exit_with
-from splitfire.engine.checkpoint import load_weights
 from splitfire.engine.parallel.channel import Channel
 from splitfire.engine.parallel.followers import STEP_S
 from splitfire.engine.parallel.group import join
@@ -51,7 +50,7 @@ def follow(rank: int, channel: Channel, meeting_file: int, memory: int) -> None:
     else:
         pool = map_pool(memory, plan.rank_layout, plan.num_blocks)
     model = ModelDir(Path(plan.model))
-    shard = plan.cut(load_weights(model, plan.load_options), model.config, rank)
+    shard = plan.load(model, rank)
     channel.send(cuda_handle(pool.raw) if device.type == "cuda" else b"")
     if channel.receive() is None:
         return

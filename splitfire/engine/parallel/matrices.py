@@ -62,12 +62,6 @@ def moved(matrix: Matrix, device: torch.device) -> Matrix:
     return replace(matrix, elements=elements, scales=scales, zeros=zeros, order=order)
 
 
-def release(matrix: Matrix) -> None:
-    """Gives the memory back, whoever still holds the matrix."""
-    elements = matrix if isinstance(matrix, Tensor) else matrix.elements
-    elements.untyped_storage().resize_(0)
-
-
 def _grouped_columns(matrix: GroupedMatrix, part: range) -> GroupedMatrix | None:
     """None where it cannot be cut: in the middle of a group, or because columns are in another order or too few to be packed."""
     is_one = matrix.scales.shape[1] == 1  # a scale for each row serves any of its columns

@@ -9,13 +9,14 @@ import torch
 
 from splitfire.core.layout import KvLayout
 from splitfire.core.model_config import ModelConfig
-from splitfire.engine.checkpoint import LoadOptions
+from splitfire.core.model_dir import ModelDir
+from splitfire.engine.checkpoint import LoadOptions, Progress
 from splitfire.engine.models.bodies import build
 from splitfire.engine.models.rope import rope_table
 from splitfire.engine.models.transformer import Weights
 from splitfire.engine.parallel.group import Group
 from splitfire.engine.parallel.shards import shard_config, shard_layout
-from splitfire.engine.parallel.weights import cut_weights
+from splitfire.engine.parallel.weights import load_shard
 from splitfire.engine.pool import TORCH_DTYPES
 from splitfire.engine.runner import Model
 
@@ -58,9 +59,9 @@ class RankPlan:
     def device_of(self, rank: int) -> torch.device:
         return torch.device("cpu") if self.device == "cpu" else torch.device(self.device, rank)
 
-    def cut(self, whole: Weights, config: ModelConfig, rank: int) -> Weights:
-        """The rank's shard, on its device; takes the whole over."""
-        return cut_weights(whole, config, rank, self.size, self.device_of(rank))
+    def load(self, model: ModelDir, rank: int, progress: Progress | None = None) -> Weights:
+        """The rank's shard, on its device."""
+        return load_shard(model, self.load_options, rank, self.size, self.device_of(rank), progress)
 
     def build(self, shard: Weights, config: ModelConfig, group: Group) -> Model:
         """config: the whole model's."""

@@ -36,13 +36,23 @@ def gate_up_rows(config: ModelConfig, rank: int, size: int) -> tuple[range, ...]
     return gate, _shifted(gate, config.intermediate_size)
 
 
-def out_columns(config: ModelConfig, rank: int, size: int) -> range:
-    heads = share(config.num_heads, rank, size)
-    return range(heads.start * config.head_dim, heads.stop * config.head_dim)
+def kept_rows(config: ModelConfig, name: str, rank: int, size: int) -> range | None:
+    """Of the matrix of this name in a checkpoint; None: all."""
+    module = name.rpartition(".")[2]
+    if module in ("gate_proj", "up_proj"):
+        return share(config.intermediate_size, rank, size)
+    if module == "lm_head":
+        return share(config.vocab_size, rank, size)
+    num_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "v_proj": config.num_kv_heads}.get(module)
+    return None if num_heads is None else _heads(config, num_heads, rank, size)
 
 
-def down_columns(config: ModelConfig, rank: int, size: int) -> range:
-    return share(config.intermediate_size, rank, size)
+def kept_columns(config: ModelConfig, name: str, rank: int, size: int) -> range | None:
+    """Of the matrix of this name in a checkpoint; None: all."""
+    module = name.rpartition(".")[2]
+    if module == "down_proj":
+        return share(config.intermediate_size, rank, size)
+    return _heads(config, config.num_heads, rank, size) if module == "o_proj" else None
 
 
 def shard_config(config: ModelConfig, size: int) -> ModelConfig:
@@ -73,6 +83,12 @@ def require_shards(config: ModelConfig, size: int) -> None:
                 f"tensor_parallel is {size}, which does not divide the model's {name} = {count}; "
                 f"use a divisor of {gcd(*counts.values())}"
             )
+
+
+def _heads(config: ModelConfig, num_heads: int, rank: int, size: int) -> range:
+    """The rank's of so many heads, in elements."""
+    heads = share(num_heads, rank, size)
+    return range(heads.start * config.head_dim, heads.stop * config.head_dim)
 
 
 def _shifted(part: range, by: int) -> range:

@@ -1,4 +1,4 @@
-"""A rank's shard of a model's weights, cut from the whole as shards.py says."""
+"""A rank's shard of a model's weights, cut as shards.py says while they are read."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ import torch
 from torch import Tensor
 
 from splitfire.core.model_config import ModelConfig
+from splitfire.core.model_dir import ModelDir
+from splitfire.engine.checkpoint import LoadOptions, Progress, load_weights
 from splitfire.engine.kernels.linear import Matrix
 from splitfire.engine.kernels.rope import QkNorm
 from splitfire.engine.models.transformer import LayerWeights, Weights
-from splitfire.engine.parallel.matrices import columns, moved, release, rows, tensor_rows
-from splitfire.engine.parallel.shards import down_columns, gate_up_rows, out_columns, qkv_rows, share
+from splitfire.engine.parallel.matrices import columns, moved, rows, tensor_rows
+from splitfire.engine.parallel.shards import gate_up_rows, kept_columns, kept_rows, qkv_rows, share
 
 
-def cut_weights(whole: Weights, config: ModelConfig, rank: int, size: int, device: torch.device) -> Weights:
-    """Takes the whole over: a layer is given back when it is cut, so that beside the whole there is never more than a layer's share, and
-    in the end the shard. `config` is that of the whole."""
-    cutter = _Cutter(config, rank, size, device, whole.final_norm.dtype)
-    layers = []
-    for layer in whole.layers:
-        layers.append(cutter.layer(layer))
-        for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down):
-            release(matrix)
-    head = moved(rows(whole.lm_head, [share(config.vocab_size, rank, size)]), device)
-    if whole.lm_head is not whole.embed:
-        release(whole.lm_head)
-    return Weights(moved(whole.embed, device), tuple(layers), whole.final_norm.to(device), head)
+def load_shard(
+    model: ModelDir, options: LoadOptions, rank: int, size: int, device: torch.device, progress: Progress | None = None
+) -> Weights:
+    """Read where `options` say, one matrix at a time: beside the shard there is never more than one whole matrix, and the embedding,
+    which every rank has. Then moved to `device`."""
+    config = model.config
+    cutter = _Cutter(config, rank, size, device, options.dtype)
+    read = load_weights(model, options, progress, cutter.part)
+    head = read.lm_head
+    if config.tie_word_embeddings:
+        head = rows(read.embed, [share(config.vocab_size, rank, size)])
+    layers = tuple(cutter.layer(layer) for layer in read.layers)
+    return Weights(moved(read.embed, device), layers, read.final_norm.to(device), moved(head, device))
 
 
 @dataclass(frozen=True, slots=True)
 class _Cutter:
-    """One rank's. Whatever it makes is on its device."""
+    """One rank's."""
 
     config: ModelConfig
     rank: int
@@ -40,28 +42,31 @@ class _Cutter:
     device: torch.device
     dtype: torch.dtype  # of computation
 
+    def part(self, name: str, whole: Matrix) -> Matrix:
+        """What the rank has of the matrix of this name."""
+        place = (self.config, name, self.rank, self.size)
+        if (kept := kept_rows(*place)) is not None:
+            return rows(whole, [kept])
+        if (kept := kept_columns(*place)) is not None:
+            return columns(whole, kept, self.dtype)
+        return whole
+
     def layer(self, layer: LayerWeights) -> LayerWeights:
-        place = (self.config, self.rank, self.size)
-        norm = layer.qk_norm
+        """On the rank's device, and with its part of the biases. Matrices are the rank's already."""
+        place, norm = (self.config, self.rank, self.size), layer.qk_norm
         return LayerWeights(
             input_norm=layer.input_norm.to(self.device),
-            qkv=self._rows(layer.qkv, qkv_rows(*place)),
+            qkv=moved(layer.qkv, self.device),
             qkv_bias=self._bias(layer.qkv_bias, qkv_rows(*place)),
             qk_norm=norm and QkNorm(norm.q_weight.to(self.device), norm.k_weight.to(self.device), norm.eps),
-            out=self._columns(layer.out, out_columns(*place)),
+            out=moved(layer.out, self.device),
             out_bias=self._bias_of_sum(layer.out_bias),
             post_norm=layer.post_norm.to(self.device),
-            gate_up=self._rows(layer.gate_up, gate_up_rows(*place)),
+            gate_up=moved(layer.gate_up, self.device),
             gate_up_bias=self._bias(layer.gate_up_bias, gate_up_rows(*place)),
-            down=self._columns(layer.down, down_columns(*place)),
+            down=moved(layer.down, self.device),
             down_bias=self._bias_of_sum(layer.down_bias),
         )
-
-    def _rows(self, matrix: Matrix, parts: tuple[range, ...]) -> Matrix:
-        return moved(rows(matrix, parts), self.device)
-
-    def _columns(self, matrix: Matrix, part: range) -> Matrix:
-        return moved(columns(matrix, part, self.dtype), self.device)
 
     def _bias(self, bias: Tensor | None, parts: tuple[range, ...]) -> Tensor | None:
         return None if bias is None else tensor_rows(bias, parts).to(self.device)
