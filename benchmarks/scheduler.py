@@ -32,6 +32,7 @@ from splitfire.engine.blocks import BlockPool
 from splitfire.engine.drawing import Drawn, StepTokens
 from splitfire.engine.engine import Engine
 from splitfire.engine.kernels.sample import SampledToken
+from splitfire.engine.runner import Ready
 from splitfire.engine.scheduler import Budget, Step
 from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
 
@@ -61,11 +62,16 @@ class Lap:
 class NoModel:
     """Takes no time: prepares what a model needs and says the same token for all."""
 
+    runs_ahead = False
+
     def __init__(self, num_blocks: int) -> None:
         self.pool = self
         self.layout = KvLayout("bf16", 1, 1, 8, BLOCK_SIZE)
         self.num_blocks = num_blocks
         self.asked_at = self.prepared_at = self.answered_at = 0.0
+
+    def launch(self, step: Step) -> Ready:
+        return Ready(self.run(step))
 
     def run(self, step: Step) -> StepTokens:
         self.asked_at = now()

@@ -32,8 +32,8 @@ def batch_of(step: Step) -> StepBatch:
     columns, lanes = step.lanes, step.decoding.lanes
     num_decoding = len(lanes)
     num_tokens, newest = columns.num_tokens[lanes], columns.newest[lanes]
-    pending = columns.num_in_flight[lanes]
-    if pending.any():
+    if columns.num_flights:
+        pending = columns.num_in_flight[lanes]
         num_tokens, newest = num_tokens + pending, np.where(pending > 0, NOBODY, newest)
     begins = np.arange(num_decoding + 1)
     if not step.slices:

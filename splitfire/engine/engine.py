@@ -154,7 +154,8 @@ class Engine:
             return None
         self._start(step, began)
         launched = self.runner.launch(step)
-        self._scheduler.launched(step)
+        if self.runner.runs_ahead:
+            self._scheduler.launched(step)
         return _Flight(step, launched, began)
 
     def _chunk_limit(self) -> int | None:

@@ -56,7 +56,8 @@ class Lanes:
         self.greedy_from = np.zeros(num_lanes, np.int64)  # tokens from which the next one is the plain argmax
         self.plain_from = np.zeros(num_lanes, np.int64)  # tokens from which it takes no more than logits and sampling parameters
         self.needs_host = np.zeros(num_lanes, np.bool_)  # a token of it is not done with when it is drawn
-        self.num_in_flight = np.zeros(num_lanes, np.int64)  # steps that were launched and are not over
+        self.num_flights = 0  # steps that were launched and are not over
+        self.num_in_flight = np.zeros(num_lanes, np.int64)  # of these, those that the lane is in
         self.stop_ids = np.full((num_lanes, 2), NOBODY)
         self.block_tables = np.zeros((num_lanes, 16), np.int32)  # what is past a sequence's blocks is anything
         self.new_from = np.full(num_lanes, NEVER)  # logical block from which a copy of the tables (device/) is out of date
@@ -90,9 +91,9 @@ class Lanes:
     def runnable(self) -> Decoding:
         """Those of `decoding` that go on even if no token in flight ends them."""
         decoding = self.decoding
-        pending = self.num_in_flight[decoding.lanes]
-        if not pending.any():
+        if not self.num_flights:
             return decoding
+        pending = self.num_in_flight[decoding.lanes]
         return decoding.where(self.num_tokens[decoding.lanes] + pending < self.ends_at[decoding.lanes])
 
     def at(self, lanes: Ints) -> list[Sequence]:
@@ -166,7 +167,8 @@ class Lanes:
     def short(self) -> list[Sequence]:
         """Runnable sequences whose newest token, which may be in flight, has no block."""
         lanes = self.runnable.lanes
-        return self.at(lanes[self.num_tokens[lanes] + self.num_in_flight[lanes] > self.room[lanes]])
+        num_tokens = self.num_tokens[lanes] + self.num_in_flight[lanes] if self.num_flights else self.num_tokens[lanes]
+        return self.at(lanes[num_tokens > self.room[lanes]])
 
     def append(self, decoding: Decoding, token_ids: Ints) -> Appended:
         """One more token for each."""

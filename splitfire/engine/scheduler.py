@@ -178,16 +178,24 @@ class Scheduler:
         """Whether the next step can be scheduled while `step` runs: all of it decodes, and nothing waits for a token of it."""
         return not step.slices and not self.lanes.needs_host[step.decoding.lanes].any()
 
+    @property
+    def has_leaving(self) -> bool:
+        return bool(self._leaving)
+
     def is_leaving(self, sequence: Sequence) -> bool:
         """It has ended, while a step in flight had it."""
         return sequence in self._leaving
 
     def launched(self, step: Step) -> None:
         """It is in flight: who is in it keeps lane and blocks until `landed`."""
+        self.lanes.num_flights += 1
         self.lanes.num_in_flight[_lanes_of(step)] += 1
 
     def landed(self, step: Step) -> None:
         """The step is over."""
+        if not self.lanes.num_flights:  # of a runner that never leaves one in flight
+            return
+        self.lanes.num_flights -= 1
         self.lanes.num_in_flight[_lanes_of(step)] -= 1
         leaving, self._leaving = self._leaving, []
         for sequence in leaving:
@@ -290,7 +298,7 @@ class Scheduler:
         """Gets the block for its newest token, if it must by preempting others, or itself. False where a step in flight forbids that."""
         num_tokens = sequence.num_tokens + int(self.lanes.num_in_flight[sequence.lane]) if sequence.state is Seq.RUNNING else 0
         while sequence.state is Seq.RUNNING and not self._grow(sequence, num_tokens):
-            if self.lanes.num_in_flight.any():
+            if self.lanes.num_flights:
                 return False
             # The newest of the lowest class. Never a prompt for another worker: the hand-off reads its blocks.
             victim = next(s for s in reversed(self.running) if s is sequence or s.spec.purpose is Purpose.GENERATE)

@@ -87,9 +87,9 @@ class Sequences:
         return plain, events
 
     def _of_those_here(self, step: Step, drawn: StepTokens) -> tuple[Decoding, StepTokens]:
-        is_leaving = self._scheduler.lanes.is_leaving(step.decoding.lanes)
-        if not is_leaving.any():
+        if not self._scheduler.has_leaving:
             return step.decoding, drawn
+        is_leaving = self._scheduler.lanes.is_leaving(step.decoding.lanes)
         keeps = ~is_leaving
         places = keeps.cumsum() - 1
         others = {int(places[i]): one for i, one in drawn.others.items() if keeps[i]}
