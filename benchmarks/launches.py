@@ -53,9 +53,8 @@ class Launch:
     name: str
     module: str
     function: str
-    types: dict[
-        str, Any
-    ]  # "i64", or "i64:16" for a multiple of 16; pointers always are; a named tuple of types; None of what is None
+    # "i64", or "i64:16" for a multiple of 16; pointers always are; a named tuple of types; None of what is None.
+    types: dict[str, Any]
     constants: dict[str, object]
     options: dict[str, int] = field(default_factory=dict)
     has_products: bool = False

@@ -11,7 +11,7 @@ from kvtransfer.expectation import Expectation, Room
 from kvtransfer.frames import DIGEST_OFF, DIGEST_SUM64
 from kvtransfer.receiver import Receiver
 from splitfire.core.hashing import hash_blocks
-from splitfire.engine.device_memory import on_handoff_stream
+from splitfire.engine.device.handoff import on_handoff_stream
 from splitfire.engine.lending import Reservation
 from splitfire.engine.parallel.pack import unpack
 from splitfire.engine.sequence import SeqId

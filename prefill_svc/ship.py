@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvtransfer.sender import Outcome, Sender, Shipment
-from splitfire.engine.device_memory import on_handoff_stream
+from splitfire.engine.device.handoff import on_handoff_stream
 from splitfire.engine.parallel.pack import pack
 from splitfire.engine.updates import SequenceUpdate
 from splitfire.v1 import kv_pb2

@@ -104,6 +104,15 @@ def drain(engine: Engine, max_steps: int = 10_000) -> list[SequenceUpdate]:
     raise AssertionError(f"still working after {max_steps} steps")
 
 
+def answers_of(engine: Engine, specs: Sequence[SequenceSpec]) -> dict[SeqId, list[int]]:
+    """The tokens of each, all asked for at once; nothing is left behind."""
+    for spec in specs:
+        engine.add(spec)
+    updates = drain(engine)
+    assert_no_leaks(engine)
+    return {spec.seq_id: tokens_of(updates, spec) for spec in specs}
+
+
 def tokens_of(updates: Sequence[SequenceUpdate], spec: SequenceSpec) -> list[int]:
     return [token.token_id for token in sampled_of(updates, spec)]
 

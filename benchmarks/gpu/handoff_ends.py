@@ -14,6 +14,7 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
+from benchmarks.orders import Orders
 from splitfire.core.layout import KvLayout
 from splitfire.core.settings import PARENT_VARIABLE
 
@@ -41,13 +42,13 @@ class Setup:
         return self.layout.blocks_for(self.num_tokens)
 
 
-class End:
-    """One of the two. Orders are answered one at a time; what it and UCX print goes to `log`."""
+class End(Orders):
+    """One of the two. What it and UCX print goes to `log`."""
 
     def __init__(self, role: str, setup: Setup, directory: Path) -> None:
         self.log = directory / f"{role}.log"
-        self._role = role
-        self._connection, theirs = Pipe()
+        mine, theirs = Pipe()
+        super().__init__(f"the {role} end", mine, ORDER_S)
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "UCX_PROTO_INFO": "y", "UCX_LOG_FILE": "stderr"}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -55,31 +56,19 @@ class End:
                 cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
             )  # fmt: skip
         theirs.close()
-        self._connection.send((role, setup))
+        mine.send((role, setup))
 
-    def begin(self, order: str, *args: object) -> None:
-        self._connection.send((order, args))
-
-    def result(self, within_s: float = ORDER_S) -> Any:
-        if not self._connection.poll(within_s):
-            raise TimeoutError(f"the {self._role} end did not answer within {within_s:g} s")
+    def result(self, within_s: float | None = None) -> Any:
         try:
-            answer, error = self._connection.recv()
+            return super().result(within_s)
         except (EOFError, ConnectionResetError) as exc:
             last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(f"the {self._role} end died; it said: {''.join(last)}") from exc
-        if error:
-            raise RuntimeError(f"{self._role} end: {error}")
-        return answer
-
-    def do(self, order: str, *args: object) -> Any:
-        self.begin(order, *args)
-        return self.result()
+            raise RuntimeError(f"{self._name} died; it said: {''.join(last)}") from exc
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._connection.close()
+        self.close()
 
 
 @contextlib.contextmanager

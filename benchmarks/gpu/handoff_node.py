@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import os
 import random
 import secrets
@@ -22,6 +21,7 @@ import torch
 import uvloop
 
 from benchmarks.gpu.handoff_ends import Setup
+from benchmarks.orders import obey
 from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.expectation import Expectation, Room
 from kvtransfer.frames import slot_bytes_for
@@ -31,7 +31,7 @@ from kvtransfer.sender import Outcome, Shipment
 from splitfire.core.errors import ConfigError
 from splitfire.core.process import end_with_parent
 from splitfire.core.settings import WorkerSettings, parse_settings
-from splitfire.engine.device_memory import on_handoff_stream
+from splitfire.engine.device.handoff import on_handoff_stream
 from splitfire.engine.kernels.pack import block_sums, pack_reference
 from splitfire.engine.parallel.pack import pack, unpack
 from splitfire.engine.pool import KvPool
@@ -221,18 +221,7 @@ async def _obey(connection: Connection) -> None:
         connection.send((None, f"{type(exc).__name__}: {exc}"))
         return
     connection.send((None, ""))
-    has_order = asyncio.Event()
-    asyncio.get_running_loop().add_reader(connection.fileno(), has_order.set)
-    while True:
-        await has_order.wait()
-        has_order.clear()
-        while connection.poll():
-            order, args = connection.recv()
-            try:
-                answer = getattr(node, order)(*args)
-                connection.send((await answer if inspect.isawaitable(answer) else answer, ""))
-            except Exception as exc:
-                connection.send((None, f"{order}: {type(exc).__name__}: {exc}"))
+    await obey(connection, node)
 
 
 if __name__ == "__main__":

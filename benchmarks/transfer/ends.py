@@ -5,45 +5,30 @@ Instants may be compared across the two: `time.perf_counter` is one clock for al
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
-import inspect
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+
+from benchmarks.orders import Orders, obey
 
 SLOW_S = 60.0  # no single order takes this long
 _PR_SET_PDEATHSIG = 1
 
 
-class End:
-    """One of the two, seen from here. Orders are answered one at a time."""
+class End(Orders):
+    """One of the two, seen from here."""
 
     def __init__(self, role: str, core: int) -> None:
         context = multiprocessing.get_context("spawn")  # UCX does not survive a fork
-        self._connection, theirs = context.Pipe()
+        mine, theirs = context.Pipe()
+        super().__init__(f"{role}-end", mine, SLOW_S)
         self._process = context.Process(target=_serve, args=(theirs, role, core), name=f"{role}-end", daemon=True)
         self._process.start()
         theirs.close()
-
-    def begin(self, order: str, *args: Any) -> None:
-        self._connection.send((order, args))
-
-    def result(self) -> Any:
-        if not self._connection.poll(SLOW_S):
-            raise TimeoutError(f"{self._process.name} did not answer within {SLOW_S:g} s")
-        answer, error = self._connection.recv()
-        if error:
-            raise RuntimeError(f"{self._process.name}: {error}")
-        return answer
-
-    def do(self, order: str, *args: Any) -> Any:
-        self.begin(order, *args)
-        return self.result()
 
     def kill(self) -> None:
         self._process.kill()
@@ -79,20 +64,9 @@ def _serve(connection: Connection, role: str, core: int) -> None:
 
     from benchmarks.transfer.node import Node  # noqa: PLC0415
 
-    async def obey() -> None:
-        node, has_order = Node(role), asyncio.Event()
-        asyncio.get_running_loop().add_reader(connection.fileno(), has_order.set)
-        while True:
-            await has_order.wait()
-            has_order.clear()
-            while connection.poll():
-                order, args = connection.recv()
-                try:
-                    answer = getattr(node, order)(*args)
-                    connection.send((await answer if inspect.isawaitable(answer) else answer, ""))
-                except Exception as exc:
-                    connection.send((None, f"{order}: {type(exc).__name__}: {exc}"))
+    async def serve() -> None:
+        await obey(connection, Node(role))
 
     with contextlib.suppress(EOFError):
-        uvloop.run(obey())
+        uvloop.run(serve())
     os._exit(0)  # endpoints of UCX may block in their destructors

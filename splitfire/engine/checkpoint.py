@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,15 @@ from splitfire.engine.models.transformer import LayerWeights, Weights
 from splitfire.engine.tensors import EMBEDDING, FUSED, HEAD, NORM, CheckedTensors, check_tensors
 
 Progress = Callable[[int, int], None]  # elements done, elements in all
-Cut = Callable[[str, Matrix], Matrix]  # of a matrix, by its name without `.weight`, what is kept
+
+
+class Cut(Protocol):
+    """What is kept of what is read, by a module's name."""
+
+    def matrix(self, name: str, whole: Matrix) -> Matrix: ...
+
+    def bias(self, name: str, whole: Tensor) -> Tensor | None:
+        """None: nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +64,13 @@ def load_weights(model: ModelDir, options: LoadOptions, progress: Progress | Non
         vectors: dict[str, Tensor] = {}
         for matrix in _with_progress(checked, progress):
             whole = loader.matrix(matrix)
-            matrices[matrix.name] = whole if cut is None else cut(matrix.name, whole)
+            matrices[matrix.name] = whole if cut is None else cut.matrix(matrix.name, whole)
         for name, entry in checked.vectors.items():
-            vectors[name] = loader.plain(name, entry)
+            vector: Tensor | None = loader.plain(name, entry)
+            if cut is not None and vector is not None and name.endswith(".bias"):
+                vector = cut.bias(name.removesuffix(".bias"), vector)
+            if vector is not None:
+                vectors[name] = vector
     return _assemble(model.config, matrices, vectors)
 
 

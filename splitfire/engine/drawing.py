@@ -75,20 +75,19 @@ def _draw_decoding(rows: Logits, step: Step) -> tuple[Ints, dict[int, Drawn]]:
     wanted: dict[int, SampleRow] = {}
     sequences = dict(zip(asked.tolist(), columns.at(lanes[asked]), strict=True))
     for i, sequence in sequences.items():
-        if is_drawn[i] and sequence.spec.sampling.logprobs is None:
-            token = SampledToken(int(token_ids[i]), None, ())
-            others[i] = Drawn((token,), is_over=_is_over_after(sequence, token))
+        if is_drawn[i]:
+            others[i] = _take_masked(rows, i, sequence)
             continue
         try:
             wanted[i] = _row(newest(sequence), 0)
         except ConstraintFailed as exc:
             others[i] = Drawn((), exc.reason)
-    for i, one in zip(wanted, _sample_each(rows, rows.values[[*wanted]], [*wanted.values()]), strict=True):
-        is_over = one is not None and _is_over_after(sequences[i], one)
-        if one is not None and one.logprob is None and not is_over:
-            token_ids[i] = one.token_id
+    for i, token in zip(wanted, _sample_each(rows, rows.values[[*wanted]], [*wanted.values()]), strict=True):
+        is_over = token is not None and _is_over_after(sequences[i], token)
+        if token is not None and token.logprob is None and not is_over:
+            token_ids[i] = token.token_id
         else:
-            others[i] = Drawn((one,), is_over=is_over) if one is not None else Drawn((), "sampling_failed")
+            others[i] = Drawn((token,), is_over=is_over) if token is not None else Drawn((), "sampling_failed")
     return token_ids, others
 
 
@@ -100,17 +99,22 @@ def _draw_slice(rows: Logits, begin: int, piece: Slice) -> Drawn:
         return _draw_forks(rows, begin, piece)
     greedy_from = piece.sequence.greedy_from if rows.is_drawn is None else None
     is_drawn = rows.is_drawn is not None and bool(rows.is_drawn[begin])
-    if is_drawn and piece.sequence.needs_host:  # by its grammar's mask, and without drafts
-        token = SampledToken(int(rows.best[begin]), None, ())
-        return Drawn((token,), is_over=_is_over_after(piece.sequence, token))
+    if is_drawn and piece.sequence.needs_host:  # which has no drafts
+        return _take_masked(rows, begin, piece.sequence)
     if is_drawn or (greedy_from is not None and piece.end >= greedy_from):
         return Drawn(_verify_plain(rows, begin, piece))
     try:
         row = _row(piece, 0)
     except ConstraintFailed as exc:
         return Drawn((), exc.reason)
-    first = _sample_one(rows, rows.values[begin : begin + 1], row)
-    return _verify(rows, begin, piece, first) if first is not None else Drawn((), "sampling_failed")
+    token = _sample_one(rows, rows.values[begin : begin + 1], row)
+    return _verify(rows, begin, piece, token) if token is not None else Drawn((), "sampling_failed")
+
+
+def _take_masked(rows: Logits, row: int, sequence: Sequence) -> Drawn:
+    """A token that was drawn under its grammar's mask, which the grammar has to follow."""
+    token = SampledToken(int(rows.best[row]), None, ())
+    return Drawn((token,), is_over=_is_over_after(sequence, token))
 
 
 def _draw_forks(rows: Logits, row: int, piece: Slice) -> Drawn:

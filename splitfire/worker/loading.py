@@ -22,7 +22,7 @@ from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.checkpoint import Progress as LoadProgress
-from splitfire.engine.device_memory import require_shareable
+from splitfire.engine.device.handoff import require_shareable
 from splitfire.engine.engine import Engine
 from splitfire.engine.grammar import GrammarCompiler
 from splitfire.engine.models.bodies import body_for, is_compiled, make_runner

@@ -14,7 +14,7 @@ from kvtransfer.tcp import TcpTransport
 from kvtransfer.transport import Transport
 from splitfire.core.errors import ConfigError
 from splitfire.core.settings import WorkerSettings
-from splitfire.engine.device_memory import SlotTensor, require_shareable
+from splitfire.engine.device.handoff import SlotTensor, require_shareable
 
 
 def open_transport(settings: WorkerSettings) -> Transport:

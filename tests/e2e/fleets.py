@@ -103,11 +103,12 @@ def start_fleet(
     router: Sequence[str] = ("--split=always",),
     worker: Sequence[str] = (),
     shared: Sequence[str] = (),
+    kind: type[Fleet] = Fleet,
 ) -> Iterator[RunningFleet]:
     """Deterministic: in fp32, so that tokens are those of transformers."""
     flags = tuple(dict.fromkeys(("--threads=1", "--dtype=fp32", *worker)))
     plan = FleetPlan(model, Path(model).name, prefill, decode, (), (), free_port(), tuple(router), flags, tuple(shared))
-    fleet = Fleet(plan, print)
+    fleet = kind(plan, print)
     try:
         fleet.start()
         fleet.wait_ready()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import psutil
 
-from splitfire.cli.supervisor import Fleet, FleetPlan, free_port
+from splitfire.cli.supervisor import Fleet
 from tests.checkpoints import PICO, assert_greedy, pico_oracle
-from tests.e2e.fleets import PROMPT, RunningFleet, greedy, until
+from tests.e2e.fleets import PROMPT, greedy, start_fleet, until
 
 
 class UnequalFleet(Fleet):
@@ -19,23 +18,11 @@ class UnequalFleet(Fleet):
         super()._add(name, [*arguments, *(("--tensor-parallel=2",) if name.startswith("decode") else ())])
 
 
-@contextmanager
-def unequal_fleet() -> Iterator[RunningFleet]:
-    flags = ("--threads=1", "--dtype=fp32", "--kv-memory=16MiB", "--max-context=1024")
-    plan = FleetPlan(str(PICO), "pico", 1, 1, (), (), free_port(), ("--split=auto",), flags, ("--max-context=1024",))
-    fleet = UnequalFleet(plan, print)
-    try:
-        fleet.start()
-        fleet.wait_ready()
-        running = RunningFleet(fleet)
-        yield running
-        running.channel.close()
-    finally:
-        fleet.stop()
-
-
 def test_two_ranks_decode_what_one_prefilled_and_what_they_prefill_themselves() -> None:
-    with unequal_fleet() as fleet:
+    small = ("--max-context=1024",)
+    with start_fleet(
+        str(PICO), router=("--split=auto",), worker=("--kv-memory=16MiB", *small), shared=small, kind=UnequalFleet
+    ) as fleet:
         for prompt in (PROMPT, list(range(300, 1001))):  # one chunk, and several
             split = fleet.generate(greedy(prompt, 16))[0]
             assert split.summary.kv_transfer.bytes > 0, "its KV came from the other worker"

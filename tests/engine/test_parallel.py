@@ -47,7 +47,7 @@ from splitfire.engine.parallel.matrices import columns, rows
 from splitfire.engine.parallel.pack import pack, unpack
 from splitfire.engine.parallel.plan import RankPlan
 from splitfire.engine.parallel.pools import ShardedPool, map_pool, new_memory
-from splitfire.engine.parallel.shards import gate_up_rows, kept_columns, qkv_rows, require_shards, shard_layout, share
+from splitfire.engine.parallel.shards import kept_columns, kept_rows, require_shards, shard_layout, share
 from splitfire.engine.parallel.steps import decode, encode
 from splitfire.engine.pool import KvPool
 from splitfire.engine.runner import Model, Runner
@@ -79,22 +79,28 @@ def test_a_rank_has_the_queries_of_its_keys(size: int, kv_heads: int, group: int
     config = replace(
         CONFIG, num_heads=size * kv_heads * group, num_kv_heads=size * kv_heads, head_dim=8, intermediate_size=size * width
     )
-    parts = [qkv_rows(config, rank, size) for rank in range(size)]
-    q_rows, kv_rows = config.num_heads * 8, config.num_kv_heads * 8
-    for which, (begin, count) in enumerate(((0, q_rows), (q_rows, kv_rows), (q_rows + kv_rows, kv_rows))):
-        assert [row for part in parts for row in part[which]] == list(range(begin, begin + count))
-    for rank, (q, k, _) in enumerate(parts):
-        assert {row // 8 // group for row in q} == {(row - q_rows) // 8 for row in k}
-        assert q == kept_columns(config, "model.layers.0.self_attn.o_proj", rank, size), "what out takes is what attention gives"
-    halves = [gate_up_rows(config, rank, size) for rank in range(size)]
-    assert [row for which in (0, 1) for part in halves for row in part[which]] == list(range(2 * size * width))
+    at = "model.layers.0.self_attn."
+    q, k, v, out = (
+        [cut(config, f"{at}{name}", rank, size) or range(0) for rank in range(size)]
+        for name, cut in (("q_proj", kept_rows), ("k_proj", kept_rows), ("v_proj", kept_rows), ("o_proj", kept_columns))
+    )
+    for parts, count in ((q, config.num_heads * 8), (k, config.num_kv_heads * 8)):
+        assert [row for part in parts for row in part] == list(range(count))
+    assert k == v and q == out, "what out takes is what attention gives"
+    for queries, keys in zip(q, k, strict=True):
+        assert {row // 8 // group for row in queries} == {row // 8 for row in keys}
+    gate, up, down = (
+        [cut(config, f"model.layers.0.mlp.{name}", rank, size) or range(0) for rank in range(size)]
+        for name, cut in (("gate_proj", kept_rows), ("up_proj", kept_rows), ("down_proj", kept_columns))
+    )
+    assert gate == up == down and [row for part in gate for row in part] == list(range(size * width))
 
 
 def test_a_rank_never_holds_two_whole_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it reads: each is cut before the next comes."""
     save_checkpoint(family_configs()["llama"], tmp_path)
     events: list[str] = []
-    read, part = checkpoint._Loader.matrix, weights._Cutter.part
+    read, part = checkpoint._Loader.matrix, weights._Cutter.matrix
 
     def reading(loader: checkpoint._Loader, matrix: StoredMatrix) -> Matrix:
         events.append(f"read {matrix.name}")
@@ -105,7 +111,7 @@ def test_a_rank_never_holds_two_whole_matrices(tmp_path: Path, monkeypatch: pyte
         return part(cutter, name, whole)
 
     monkeypatch.setattr(checkpoint._Loader, "matrix", reading)
-    monkeypatch.setattr(weights._Cutter, "part", cutting)
+    monkeypatch.setattr(weights._Cutter, "matrix", cutting)
     options = checkpoint.LoadOptions(torch.float32, CPU)
     shard = weights.load_shard(ModelDir(tmp_path), options, 1, 2, CPU)
     names = [event.removeprefix("read ") for event in events[::2]]

@@ -14,7 +14,7 @@ from kvtransfer.transport import SlotMemory
 from kvtransfer.ucx import UcxTransport
 from splitfire.core.errors import ConfigError
 from splitfire.core.settings import WorkerSettings, parse_settings
-from splitfire.engine.device_memory import SlotTensor
+from splitfire.engine.device.handoff import SlotTensor
 from splitfire.worker import transports
 from splitfire.worker.transports import open_transport, slot_tensor
 from tests import rig as rig_module

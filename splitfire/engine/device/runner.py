@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from splitfire.engine.batch import StepBatch, batch_of
+from splitfire.engine.device.copies import Fetching, fetch, send, sent_to
 from splitfire.engine.device.graphs import GROUPS, ROWS, Ladder, Recorder
-from splitfire.engine.device.memory import Fetching, fetch, send, sent_to
 from splitfire.engine.device.special import Special, special_rows
 from splitfire.engine.device.state import DeviceState
 from splitfire.engine.drawing import StepTokens, draw

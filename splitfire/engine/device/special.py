@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from splitfire.engine.constraint import ConstraintFailed, allowed
-from splitfire.engine.device.memory import send
+from splitfire.engine.device.copies import send
 from splitfire.engine.kernels.gpu.adjust import Adjustments
+from splitfire.engine.kernels.gpu.sample import NONE
 from splitfire.engine.scheduler import Step
 from splitfire.engine.sequence import Sequence
-
-NONE = -1
 
 
 @dataclass(slots=True)

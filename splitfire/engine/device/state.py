@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from splitfire.engine.device.memory import send
+from splitfire.engine.device.copies import send
 from splitfire.engine.kernels.gpu.draw_rows import LaneParameters
 from splitfire.engine.kernels.sample import lane_key
 from splitfire.engine.lanes import NEVER, Ints, Lanes

@@ -21,21 +21,6 @@ def share(count: int, rank: int, size: int) -> range:
     return range(min(rank * most, count), min((rank + 1) * most, count))
 
 
-def qkv_rows(config: ModelConfig, rank: int, size: int) -> tuple[range, ...]:
-    """Of a layer's fused matrix: the rank's heads of q, of k and of v."""
-    num_kv_heads = config.num_kv_heads
-    q, k = share(config.num_heads, rank, size), share(num_kv_heads, rank, size)
-    starts = (0, config.num_heads, config.num_heads + num_kv_heads)
-    heads = (_shifted(mine, start) for mine, start in zip((q, k, k), starts, strict=True))
-    return tuple(range(mine.start * config.head_dim, mine.stop * config.head_dim) for mine in heads)
-
-
-def gate_up_rows(config: ModelConfig, rank: int, size: int) -> tuple[range, ...]:
-    """Of a layer's fused matrix."""
-    gate = share(config.intermediate_size, rank, size)
-    return gate, _shifted(gate, config.intermediate_size)
-
-
 def kept_rows(config: ModelConfig, name: str, rank: int, size: int) -> range | None:
     """Of the matrix of this name in a checkpoint; None: all."""
     module = name.rpartition(".")[2]
@@ -89,7 +74,3 @@ def _heads(config: ModelConfig, num_heads: int, rank: int, size: int) -> range:
     """The rank's of so many heads, in elements."""
     heads = share(num_heads, rank, size)
     return range(heads.start * config.head_dim, heads.stop * config.head_dim)
-
-
-def _shifted(part: range, by: int) -> range:
-    return range(part.start + by, part.stop + by)

@@ -30,7 +30,7 @@ from splitfire.engine.scheduler import Budget
 from splitfire.engine.sequence import SeqId, Sequence, SequenceSpec
 from tests.checkpoints import family_configs, save_checkpoint
 from tests.engine.device.graphs import Replayer
-from tests.engines import GREEDY, assert_no_leaks, drain, load_model, make_engine, make_spec, sampled_of, tokens_of
+from tests.engines import GREEDY, answers_of, assert_no_leaks, drain, load_model, make_engine, make_spec, sampled_of, tokens_of
 from tests.grammars import REGEX, compiled
 
 T = TypeVar("T")
@@ -93,14 +93,6 @@ def device_engine(model: Transformer, recorder: Replayer | None, speculator: Scr
     if recorder is not None:
         runner.record(recorder, lambda done, count: None)
     return Engine(runner, BlockPool(BLOCKS), Budget(32, LANES), lambda: 0.0, speculator)
-
-
-def answers_of(engine: Engine, specs: Seq[SequenceSpec]) -> dict[SeqId, list[int]]:
-    for spec in specs:
-        engine.add(spec)
-    updates = drain(engine)
-    assert_no_leaks(engine)
-    return {spec.seq_id: tokens_of(updates, spec) for spec in specs}
 
 
 def specs_of(*samplings: SamplingParams, max_tokens: int = 5) -> list[SequenceSpec]:

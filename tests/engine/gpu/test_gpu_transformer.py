@@ -41,10 +41,12 @@ def test_every_family_computes_what_torch_computes(name: str, tmp_path: Path, mo
 def test_a_quantised_pool_holds_what_torch_would_have_written(tmp_path: Path) -> None:
     save_checkpoint(family_configs()["llama"], tmp_path)
     model, prompts = load_model(tmp_path), prompts_of(50)
-    got, want = Bench(twin(model), "int8", prompts), Bench(model, "int8", prompts)
+    got, want, exact = Bench(twin(model), "int8", prompts), Bench(model, "int8", prompts), Bench(model, "fp32", prompts)
     for piece in (Piece(0, 0, 40), Piece(0, 40, 50)):
         ours, theirs = got.step([piece]).values, want.step([piece]).values
-        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        right = exact.step([piece]).values
+        assert (ours - right).norm() <= 2 * (theirs - right).norm()
     assert got.pool.scales is not None and want.pool.scales is not None
     blocks = torch.from_numpy(got.tables[0, :3]).long()  # filled by both
-    torch.testing.assert_close(got.pool.scales[blocks], want.pool.scales[blocks], rtol=0.02, atol=0)
+    # Of the first layer, whose inputs are the same to the last bits: at most a step of fp16 apart.
+    torch.testing.assert_close(got.pool.scales[blocks, 0], want.pool.scales[blocks, 0], rtol=2.0**-10, atol=0)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from splitfire.engine.kernels.gpu.sample import NONE, DrawRows, mix
+from splitfire.engine.kernels.gpu.sample import NONE, DrawRows
+from splitfire.engine.kernels.gpu.splitmix import mix
 
 PIECE = 128
 
@@ -76,5 +77,5 @@ def _draw_rows(
     tl.store(floats + 2 * num_rows + i, tl.load(lane_min_p + lane, is_there, float("-inf")), is_row)
     tl.store(top_k + i, tl.load(lane_top_k + lane, is_there, 0), is_row)
     position = tl.load(positions + i, is_row, 0) + 1
-    key = mix(tl.load(lane_keys + lane, is_there, 0), position)
+    key = mix(tl.load(lane_keys + lane, is_there, 0).to(tl.uint64, bitcast=True), position)
     tl.store(keys + i, key.to(tl.int64, bitcast=True), is_row)

@@ -13,16 +13,15 @@ import triton
 import triton.language as tl
 
 from splitfire.engine.kernels.gpu.arguments import E4M3, E4M3_FACTOR, PLAIN
+from splitfire.engine.kernels.gpu.quantise import e4m3_as_half
 from splitfire.engine.kernels.gpu.spans import UNIT_TOKENS
 
 
 @triton.jit
 def widen(x, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """Elements of a pool in the dtype of products. e4m3 comes as bytes and moves into the places of fp16, whose exponent counts 8 more."""
+    """Elements of a pool in the dtype of products; of e4m3's bytes what E4M3_FACTOR is still to be taken in of."""
     if FORMAT == E4M3:
-        size = (x & 0x7F).to(tl.uint16) << 7
-        sign = (x & 0x80).to(tl.uint16) << 8
-        return (size | sign).to(tl.float16, bitcast=True).to(DTYPE)
+        return e4m3_as_half(x).to(DTYPE)
     return x.to(DTYPE)
 
 
@@ -137,44 +136,12 @@ def attend_tile(
     if not HAS_WINDOW:
         middle = tl.minimum(tl.maximum((least + 1) // UNIT_TOKENS, first), last)
         mixed, top, weight = attend_units(
-            q,
-            positions,
-            mixed,
-            top,
-            weight,
-            first,
-            middle,
-            what,
-            keys,
-            scales,
-            table,
-            context,
-            FORMAT,
-            BLOCK_SIZE,
-            DIM,
-            WIDTH,
-            True,
-        )
+            q, positions, mixed, top, weight, first, middle, what, keys, scales, table, context, FORMAT, BLOCK_SIZE, DIM, WIDTH, True,
+        )  # fmt: skip
     if what.places.members is None:
         mixed, top, weight = attend_units(
-            q,
-            positions,
-            mixed,
-            top,
-            weight,
-            middle,
-            last,
-            what,
-            keys,
-            scales,
-            table,
-            context,
-            FORMAT,
-            BLOCK_SIZE,
-            DIM,
-            WIDTH,
-            False,
-        )
+            q, positions, mixed, top, weight, middle, last, what, keys, scales, table, context, FORMAT, BLOCK_SIZE, DIM, WIDTH, False,
+        )  # fmt: skip
     return mixed, top, weight
 
 

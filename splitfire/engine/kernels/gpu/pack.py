@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from splitfire.core.layout import DTYPE_BYTES, KvLayout
-from splitfire.engine.kernels.gpu.rope_norm_write import hadamard, round_to_e4m3, round_to_int8
+from splitfire.engine.kernels.gpu.quantise import e4m3_as_half, hadamard, quantise
+from splitfire.engine.kernels.gpu.splitmix import mix
 from splitfire.engine.pool import KvPool
 
 WORDS = 1024  # of 8 bytes, that a program copies: 4 times 16 bytes a thread
@@ -174,7 +175,7 @@ def _convert(
             wide = hadamard(wide, VECTORS, WIDTH, DIM & -DIM)
     total = tl.zeros([VECTORS], tl.int64)
     if IS_QUANTISED:
-        bits, scale_bits = quantise(wide, TARGET)
+        bits, scale_bits = quantise(wide, TARGET == "int8")
         tl.store(payload_scales + i * (WIRE_BYTES // 2) + WIRE_SCALES // 2 + vector, scale_bits, is_there)
         scale_at = WIRE_SCALES + vector * 2
         total += (scale_bits.to(tl.int64) << (scale_at % 8 * 8).to(tl.int64)) * multiplier(scale_at // 8)
@@ -196,20 +197,16 @@ def _convert(
 @triton.jit
 def multiplier(word):
     """kv.proto's, of the word with this number in its block."""
-    x = (word + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return ((x ^ (x >> 31)) | 1).to(tl.int64)
+    return (mix(tl.zeros_like(word).to(tl.uint64), word + 1) | 1).to(tl.int64)
 
 
 @triton.jit
 def widen(x, DTYPE: tl.constexpr):
-    """Elements as the pool has them, bf16 and e4m3 as their bits -> fp32. e4m3 moves into the places of fp16, whose exponent counts 8 more."""
+    """Elements as the pool has them, bf16 and e4m3 as their bits -> fp32."""
     if DTYPE == "bf16":
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     if DTYPE == "fp8_e4m3":
-        half = ((x & 0x7F).to(tl.uint16) << 7) | ((x & 0x80).to(tl.uint16) << 8)
-        return tl.where((x & 0x7F) == 0x7F, float("nan"), half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0)
+        return tl.where((x & 0x7F) == 0x7F, float("nan"), e4m3_as_half(x).to(tl.float32) * 256.0)
     return x.to(tl.float32)
 
 
@@ -222,20 +219,3 @@ def narrow(x, DTYPE: tl.constexpr):
     if DTYPE == "fp16":
         return tl.where(x == x, x.to(tl.float16).to(tl.uint16, bitcast=True), 0x7E00).to(tl.uint32)
     return tl.where(x == x, bits, 0x7FC00000)
-
-
-@triton.jit
-def quantise(x, DTYPE: tl.constexpr):
-    """x [VECTORS, WIDTH] -> elements as uint8 and the bits of their scales [VECTORS] as int16."""
-    limit: tl.constexpr = 127.0 if DTYPE == "int8" else 448.0
-    scale = tl.div_rn(tl.max(tl.where(x == x, tl.abs(x), 0.0), 1), limit)
-    # From 65520 on fp16 rounds to infinity.
-    is_bad = (tl.max(tl.where(x != x, 1, 0), 1) > 0) | ~(scale < 65520.0)
-    half = tl.where(is_bad, 0.0, scale).to(tl.float16)
-    divisor = half.to(tl.float32)[:, None]
-    ratio = tl.div_rn(tl.where(is_bad[:, None], 0.0, x), tl.where(divisor == 0, 1.0, divisor))
-    ratio = tl.where(divisor == 0, 0.0, tl.minimum(tl.maximum(ratio, -limit), limit))
-    scale_bits = tl.where(is_bad, 0x7E00, half.to(tl.int16, bitcast=True)).to(tl.int16)
-    if DTYPE == "int8":
-        return round_to_int8(ratio).to(tl.uint8, bitcast=True), scale_bits
-    return round_to_e4m3(ratio), scale_bits

@@ -30,6 +30,7 @@ from splitfire.engine.kernels.rope import CacheTargets
 
 FEW_ROWS = 129  # new tokens of a sequence that `attend_decode` takes: the newest, and as many drafts as drafters propose
 HEAD = 2  # words before the columns
+HEAD_WORDS: tl.constexpr = tl.constexpr(HEAD)  # as kernels know it
 COLUMNS = 4  # lanes, begins, ends, contexts
 PIECE = 128  # rows and places that a program makes
 
@@ -97,20 +98,8 @@ def prepare(
     row_lanes = torch.empty(num_rows, dtype=torch.int32, device=words.device)
     places = torch.empty(6, capacity, dtype=torch.int32, device=words.device)
     _prepare[triton.cdiv(max(num_rows, capacity), PIECE),](
-        words,
-        newest,
-        tables,
-        tables.stride(0),
-        tokens,
-        rows,
-        row_lanes,
-        places,
-        capacity,
-        num_rows,
-        block_size,
-        FEW_ROWS,
-        PIECE,
-    )
+        words, newest, tables, tables.stride(0), tokens, rows, row_lanes, places, capacity, num_rows, block_size, FEW_ROWS, PIECE,
+    )  # fmt: skip
     contexts, lanes = places[4], places[5]
     return Prepared(
         rows[0], rows[1], row_lanes, CacheTargets(rows[2], rows[3]),
@@ -127,6 +116,13 @@ def settle(
 ) -> None:
     """A draft is right when it equals the token drawn before it: the row after it then counts."""
     _settle[triton.cdiv(capacity, PIECE),](words, token_ids, drawn, newest, capacity, PIECE)
+
+
+@triton.jit
+def columns_of(words, capacity):
+    """Where they are: lanes, begins, ends, contexts, and token ids."""
+    first = words + HEAD_WORDS
+    return first, first + capacity, first + 2 * capacity, first + 3 * capacity, first + 4 * capacity
 
 
 @triton.jit
@@ -147,7 +143,7 @@ def _prepare(
 ):
     i = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     num_sequences, rows_there = tl.load(words), tl.load(words + 1)
-    lanes, begins, ends, contexts = words + 2, words + 2 + capacity, words + 2 + 2 * capacity, words + 2 + 3 * capacity
+    lanes, begins, ends, contexts, given = columns_of(words, capacity)
 
     is_place, is_sequence = i < capacity, i < num_sequences
     begin, end = tl.load(begins + i, is_sequence, 0), tl.load(ends + i, is_sequence, 0)
@@ -173,7 +169,7 @@ def _prepare(
         span = span // 2
     lane = tl.load(lanes + low, is_there, 0)
     position = tl.load(contexts + low, is_there, 0) - tl.load(ends + low, is_there, 0) + i
-    token = tl.load(words + 2 + 4 * capacity + i, is_there, 0)
+    token = tl.load(given + i, is_there, 0)
     if newest is not None:
         # The newest is below zero where logits were not finite; its sequence ends before anybody reads what comes of it.
         token = tl.where(token < 0, tl.maximum(tl.load(newest + lane, is_there, 0), 0), token)
@@ -198,8 +194,8 @@ def _settle(
 ):
     i = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     is_there = i < tl.load(words)
-    lane = tl.load(words + 2 + i, is_there, 0)
-    row, end = tl.load(words + 2 + capacity + i, is_there, 0), tl.load(words + 2 + 2 * capacity + i, is_there, 0)
+    lanes, begins, ends, _contexts, _given = columns_of(words, capacity)
+    lane, row, end = tl.load(lanes + i, is_there, 0), tl.load(begins + i, is_there, 0), tl.load(ends + i, is_there, 0)
     token = tl.load(drawn + row, is_there, -1)
     goes_on = is_there & (row + 1 < end)
     while tl.max(goes_on.to(tl.int32), 0) > 0:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from splitfire.engine.kernels.gpu.arguments import INT8, PLAIN, Cache, format_of
+from splitfire.engine.kernels.gpu.quantise import hadamard, quantise
 from splitfire.engine.kernels.rope import CacheTargets, QkNorm, Rotation
 from splitfire.engine.pool import LayerCache
 
@@ -107,44 +108,7 @@ def _rope_norm_write(
                 if FORMAT == PLAIN:
                     tl.store(to, wide.to(cache.elements.dtype.element_ty), is_there)
                 else:
-                    limit: tl.constexpr = 127.0 if FORMAT == INT8 else 448.0
-                    scale = tl.div_rn(tl.max(tl.where(wide == wide, tl.abs(wide), 0.0), 1), limit)
-                    # From 65520 on fp16 rounds to infinity.
-                    is_bad = (tl.max(tl.where(wide != wide, 1, 0), 1) > 0) | ~(scale < 65520.0)
-                    divisor = tl.where(is_bad, 0.0, scale).to(tl.float16).to(tl.float32)
-                    ratio = tl.div_rn(tl.where(is_bad[:, None], 0.0, wide), tl.where(divisor == 0, 1.0, divisor)[:, None])
-                    ratio = tl.where((divisor == 0)[:, None], 0.0, tl.minimum(tl.maximum(ratio, -limit), limit))
+                    elements, scale_bits = quantise(wide, FORMAT == INT8)
+                    tl.store(to, elements.to(cache.elements.dtype.element_ty, bitcast=True), is_there)
                     scale_to = cache.scales + block * cache.scale_block_stride + (kind - 1) * cache.scale_side_stride + vector
-                    tl.store(scale_to, tl.where(is_bad, float("nan"), divisor).to(tl.float16), head < count)
-                    if FORMAT == INT8:
-                        tl.store(to, round_to_int8(ratio), is_there)
-                    else:
-                        tl.store(to, round_to_e4m3(ratio), is_there)
-
-
-@triton.jit
-def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr):
-    """x [ROWS, WIDTH]: ../quantise.py's transform of each run of RUN elements, in the order of its additions."""
-    for stage in tl.static_range(0, 16):
-        if (1 << stage) < RUN:
-            a, b = tl.split(x.reshape(ROWS, WIDTH // (2 << stage), 2, 1 << stage).permute(0, 1, 3, 2))
-            x = tl.join(a + b, a - b).permute(0, 1, 3, 2).reshape(ROWS, WIDTH)
-    FACTOR: tl.constexpr = RUN**-0.5  # rounded to fp32 from fp64 as torch does it, not from a root in fp32
-    return x * FACTOR
-
-
-@triton.jit
-def round_to_int8(x):
-    """|x| <= 127, half to even: 1.5 * 2^23 + x has a last bit worth 1."""
-    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
-
-
-@triton.jit
-def round_to_e4m3(x):
-    """|x| <= 448, to the nearest, ties to even: native/numbers.h's narrow_to_e4m3, the byte."""
-    bits = x.to(tl.uint32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    # 2^14 + |x| rounds to multiples of 2^-9, the smallest step.
-    tiny = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    normal = (size - 0x3C000000 + 0x7FFFF + ((size >> 20) & 1)) >> 20
-    return (tl.where(size < 0x3C800000, tiny, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
+                    tl.store(scale_to, scale_bits.to(tl.float16, bitcast=True), head < count)

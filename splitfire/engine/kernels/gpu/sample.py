@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from splitfire.engine.kernels.gpu.splitmix import mix
 from splitfire.engine.kernels.sample import GUMBEL_MAX
 
 PIECE = 2048  # tokens at a time
@@ -124,18 +125,9 @@ def share_of(part, vocab, PARTS: tl.constexpr, PIECE: tl.constexpr):
 
 
 @triton.jit
-def mix(key, number):
-    """SplitMix64 (Steele, Lea, Flood 2014) of key + number times its constant. uint64."""
-    x = key.to(tl.uint64, bitcast=True) + number.to(tl.uint64) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
 def uniform_bits(key, token):
     """Of key and token id, the high 32 bits."""
-    return mix(key, token + 1) >> 32
+    return mix(key.to(tl.uint64, bitcast=True), token + 1) >> 32
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from splitfire.core.errors import ConfigError, Unavailable
-from splitfire.engine import device_memory
-from splitfire.engine.device_memory import SlotTensor, on_handoff_stream, require_shareable
+from splitfire.engine.device import handoff
+from splitfire.engine.device.handoff import SlotTensor, on_handoff_stream, require_shareable
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -86,7 +86,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield
         found.append("leave")
 
-    monkeypatch.setattr(device_memory, "_stream", lambda _device: RecordingStream(found))
+    monkeypatch.setattr(handoff, "_stream", lambda _device: RecordingStream(found))
     monkeypatch.setattr(torch.cuda, "stream", entered)
     return found
 
