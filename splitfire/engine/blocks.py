@@ -10,12 +10,13 @@ Every block is in exactly one state and the counts always add up to the total:
 
 Not thread-safe: the engine's lock guards it (`engine.py`). Eviction is leaf first for free: a block's reference count
 reaches zero no later than its parent's, and a sequence releases its last block first, so in order of release every child
-stands before its parent.
+stands before its parent. What is in the prefix cache belongs to the root of its chain, which is a tenant's own: the root that has
+most there, in use or not, gives way first, so a flood takes nothing from those who have less than an equal share.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +25,7 @@ from typing import NewType
 from splitfire.core.hashing import BlockHash
 
 BlockId = NewType("BlockId", int)
+MAX_CHANGES = 10_000  # names; they wait for a second at most, and one prompt may bring and drive out thousands
 
 
 class BlockState(Enum):
@@ -43,6 +45,7 @@ class Block:
     state: BlockState = BlockState.FREE
     num_users: int = 0
     name: BlockHash | None = None
+    root: BlockHash | None = None  # of the chain, with a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,38 @@ class BlockPool:
         self._caches_prefixes = caches_prefixes
         self._blocks = [Block() for _ in range(num_blocks)]
         self._free: deque[BlockId] = deque(BlockId(i) for i in range(num_blocks))
-        self._cached: OrderedDict[BlockId, None] = OrderedDict()  # in order of release: oldest leaf first
+        self._cached: dict[BlockHash, OrderedDict[BlockId, None]] = {}  # by root, in order of release: oldest leaf first
+        self._num_cached = 0
         self._index: dict[BlockHash, BlockId] = {}
+        self._num_indexed: Counter[BlockHash] = Counter()  # by root
+        self._changes: dict[BlockHash, bool] = {}  # of `_index`: whether the name is there now
+        self._has_lost_changes = False
 
     @property
     def num_available(self) -> int:
         """Blocks that can be handed out now: free, or cached and evictable."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self._num_cached
+
+    @property
+    def num_indexed(self) -> int:
+        """Blocks of the prefix cache, in use or not."""
+        return len(self._index)
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether `take_changes` has anything to tell. May be asked without the lock."""
+        return bool(self._changes) or self._has_lost_changes
+
+    def take_changes(self) -> dict[BlockHash, bool] | None:
+        """The last word on each name that came into the prefix cache (true) or left it since the call before; None when those were
+        more than MAX_CHANGES: `names` has to be told anew."""
+        changes, self._changes = self._changes, {}
+        has_lost, self._has_lost_changes = self._has_lost_changes, False
+        return None if has_lost else changes
+
+    def names(self) -> tuple[BlockHash, ...]:
+        """The whole prefix cache, in the order in which it came."""
+        return tuple(self._index)
 
     def counts(self) -> dict[BlockState, int]:
         counts = dict.fromkeys(BlockState, 0)
@@ -89,7 +117,7 @@ class BlockPool:
         for block_id in found:
             block = self._blocks[block_id]
             if block.num_users == 0:
-                del self._cached[block_id]
+                self._uncache(block_id, block)
                 block.state = BlockState.COMMITTED
             block.num_users += 1
         return found
@@ -100,8 +128,8 @@ class BlockPool:
             return None
         return [self._take(state) for _ in range(count)]
 
-    def commit(self, block_id: BlockId, name: BlockHash) -> None:
-        """The block is full and its content is right: it may be shared from now on.
+    def commit(self, block_id: BlockId, name: BlockHash, root: BlockHash) -> None:
+        """The block is full and its content is right: it may be shared from now on, with those whose chains have the same root.
 
         Where another block already has this name the first one stays in the index; this one is freed on release.
         """
@@ -109,8 +137,10 @@ class BlockPool:
         assert block.state in (BlockState.FILLING, BlockState.RESERVED) and block.num_users == 1, block
         block.state = BlockState.COMMITTED
         if self._caches_prefixes and name not in self._index:
-            block.name = name
+            block.name, block.root = name, root
             self._index[name] = block_id
+            self._num_indexed[root] += 1
+            self._note(name, is_here=True)
 
     def forget(self, block_ids: Sequence[BlockId]) -> None:
         """Takes blocks of a user out of the index: what they hold cannot be trusted. They are free once nobody uses them, and
@@ -119,8 +149,7 @@ class BlockPool:
             block = self._blocks[block_id]
             assert block.num_users > 0, block
             if block.name is not None:
-                del self._index[block.name]
-                block.name = None
+                self._unindex(block)
 
     def share(self, block_ids: Sequence[BlockId]) -> None:
         """One user more for each: full blocks of a sequence, for one that is forked from it."""
@@ -143,9 +172,12 @@ class BlockPool:
             block.num_users -= 1
             if block.num_users:
                 continue
-            if block.name is not None:
+            if block.root is not None:
                 block.state = BlockState.CACHED
-                self._cached[block_id] = None
+                if block.root not in self._cached:
+                    self._cached[block.root] = OrderedDict()
+                self._cached[block.root][block_id] = None
+                self._num_cached += 1
             else:
                 block.state = BlockState.FREE
                 self._free.append(block_id)
@@ -155,7 +187,9 @@ class BlockPool:
         counts = self.counts()
         assert sum(counts.values()) == self.num_blocks
         assert counts[BlockState.FREE] == len(self._free) == len(set(self._free))
-        assert counts[BlockState.CACHED] == len(self._cached)
+        assert counts[BlockState.CACHED] == self._num_cached == sum(map(len, self._cached.values()))
+        assert all(self._cached.values())
+        assert self._num_indexed == Counter(block.root for block in self._blocks if block.root is not None)
         for name, block_id in self._index.items():
             assert self._blocks[block_id].name == name
         for block in self._blocks:
@@ -166,10 +200,34 @@ class BlockPool:
         if self._free:
             block_id = self._free.popleft()
         else:
-            block_id, _ = self._cached.popitem(last=False)
-            name = self._blocks[block_id].name
-            assert name is not None
-            del self._index[name]
+            [root] = self._cached if len(self._cached) == 1 else [max(self._cached, key=self._num_indexed.__getitem__)]
+            block_id = next(iter(self._cached[root]))
+            self._uncache(block_id, self._blocks[block_id])
+            self._unindex(self._blocks[block_id])
         block = self._blocks[block_id]
-        block.state, block.num_users, block.name = state, 1, None
+        block.state, block.num_users = state, 1
         return block_id
+
+    def _uncache(self, block_id: BlockId, block: Block) -> None:
+        assert block.root is not None
+        blocks = self._cached[block.root]
+        del blocks[block_id]
+        if not blocks:
+            del self._cached[block.root]
+        self._num_cached -= 1
+
+    def _unindex(self, block: Block) -> None:
+        assert block.name is not None and block.root is not None
+        del self._index[block.name]
+        self._num_indexed[block.root] -= 1
+        if not self._num_indexed[block.root]:
+            del self._num_indexed[block.root]
+        self._note(block.name, is_here=False)
+        block.name = block.root = None
+
+    def _note(self, name: BlockHash, *, is_here: bool) -> None:
+        if self._has_lost_changes:
+            return
+        self._changes[name] = is_here
+        if len(self._changes) > MAX_CHANGES:
+            self._changes, self._has_lost_changes = {}, True

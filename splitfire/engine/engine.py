@@ -17,10 +17,11 @@ The lock guards scheduler and block pool. It is never held while the model runs,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 
+from splitfire.core.hashing import BlockHash
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.drafting import Draft, Speculator
 from splitfire.engine.lending import Lending, Reservation
@@ -69,6 +70,7 @@ class Engine:
         self._proposals = Proposals(speculator)
         self._prefill_rate = 0.0
         self._decode_rate = 0.0
+        self._decode_step_s = 0.0
         self._ahead: _Flight | None = None  # launched behind the step whose results were told last
         self._ended = -inf  # when that was
         self.on_started: Callable[[tuple[SeqId, ...]], None] = lambda ids: None
@@ -129,7 +131,27 @@ class Engine:
                 queued_tokens=scheduler.num_waiting_tokens,
                 prefill_tokens_per_s=self._prefill_rate,
                 decode_tokens_per_s=self._decode_rate,
+                step_s=self._decode_step_s,
+                cached_blocks=self.blocks.num_indexed,
+                reserved_blocks=scheduler.num_reserved_blocks,
             )
+
+    def num_missing(self, ids: Iterable[SeqId]) -> int:
+        """Prompt tokens of these sequences that are to be computed; of those that decode, are held or are not here: none."""
+        with self.lock:
+            wanted = frozenset(ids)
+            queues = (self._scheduler.waiting, self._scheduler.prefilling)
+            return sum(s.num_missing for queue in queues for s in queue if s.spec.seq_id in wanted)
+
+    def take_cache_changes(self) -> Mapping[BlockHash, bool] | None:
+        """`BlockPool.take_changes`: there is one who takes them."""
+        with self.lock:
+            return self.blocks.take_changes()
+
+    def cached_names(self) -> tuple[BlockHash, ...]:
+        """The whole prefix cache, in the order in which it came."""
+        with self.lock:
+            return self.blocks.names()
 
     def draft_counts(self) -> dict[str, DraftCounts]:
         """By drafter."""
@@ -172,7 +194,8 @@ class Engine:
             self.on_started(tuple(s.spec.seq_id for s in starting))
 
     def _measure(self, step: Step, result: StepResult) -> None:
-        """Running rates of steps that only compute prompts (their tokens) or only decode (tokens got); mixed steps tell neither."""
+        """Running rates of steps that only compute prompts (their tokens) or only decode (tokens got, and how long they take); mixed
+        steps tell neither."""
         duration_s = max(result.duration_s, 1e-9)
         num_decoding = len(step.decoding) + sum(s.end - s.begin == 1 for s in step.slices)
         if num_decoding == 0:
@@ -181,3 +204,4 @@ class Engine:
         elif num_decoding == len(step.decoding) + len(step.slices):
             rate = (len(result.plain.token_ids) + sum(len(u.tokens) for u in result.events)) / duration_s
             self._decode_rate += (RATE_SMOOTHING if self._decode_rate else 1.0) * (rate - self._decode_rate)
+            self._decode_step_s += (RATE_SMOOTHING if self._decode_step_s else 1.0) * (duration_s - self._decode_step_s)

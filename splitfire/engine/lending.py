@@ -61,6 +61,7 @@ class Lending:
             rest = self._blocks.allocate(wanted - len(pinned), BlockState.RESERVED)
             assert rest is not None
             self._scheduler.num_reserved += num_lanes
+            self._scheduler.num_reserved_blocks += wanted
         return Reservation(spec, [*pinned, *rest], len(pinned), num_lanes)
 
     def commit(self, reservation: Reservation, first_block: int, num_blocks: int, names: Seq[BlockHash]) -> None:
@@ -68,11 +69,12 @@ class Lending:
         full = reservation.spec.num_tokens // self._block_size
         with self._lock:
             for block in range(first_block, min(first_block + num_blocks, full)):
-                self._blocks.commit(reservation.block_ids[block], names[block])
+                self._blocks.commit(reservation.block_ids[block], names[block], reservation.spec.hash_root)
 
     def forfeit(self, reservation: Reservation) -> None:
         """Gives a reservation's blocks back; nothing joins."""
         with self._lock:
             self._scheduler.num_reserved -= reservation.num_lanes
+            self._scheduler.num_reserved_blocks -= len(reservation.block_ids)
             self._blocks.release(reservation.block_ids)
         reservation.block_ids = []

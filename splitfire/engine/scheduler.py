@@ -1,9 +1,10 @@
 """Which sequences compute how many tokens in the next step. Pure: no tensors, no clock, no threads.
 
 One rule serves both roles: every sequence that decodes goes first (one token each), then prompts share what is left of the
-token budget in chunks. Drafts come last: they fill the step up to `chunk_tokens + max_running` rows, so that they take nothing
-from prompts and always have as many rows as there may be sequences, and they never make anybody give way: a draft is cut to the
-blocks that are there, and to what the sequence may still get. What it does not need after all goes back after the step.
+token budget in chunks, of one class those with least to compute first, unless they have been passed often enough. Drafts come last:
+they fill the step up to `chunk_tokens + max_running` rows, so that they take nothing from prompts and always have as many rows as there
+may be sequences, and they never make anybody give way: a draft is cut to the blocks that are there, and to what the sequence may still
+get. What it does not need after all goes back after the step.
 
 A prompt takes room for all of it when it is admitted, and a block has to be left then for each sequence that still grows. So only
 decoding sequences ever need a block and find none, and only after as many blocks of output as there are such sequences. Room is
@@ -25,6 +26,8 @@ from splitfire.engine.blocks import BlockCopy, BlockPool
 from splitfire.engine.drafting import Draft
 from splitfire.engine.lanes import Decoding, Ints, Lanes
 from splitfire.engine.sequence import Purpose, SeqId, Sequence, SequenceSpec
+
+AGEING = 3  # a prompt is passed by shorter ones until they have taken as many times its own tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +87,16 @@ class Scheduler:
         self.pool = pool
         self.budget = budget
         self.lanes = Lanes(budget.max_running, block_size)
-        self.waiting: list[Sequence] = []  # these three in order of class and arrival
-        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # in order of class and turn, as `prefilling`
+        self.running: list[Sequence] = []  # in order of class and arrival
         self.prefilling: list[Sequence] = []  # those of `running` that do not decode
         self.held: dict[SeqId, Sequence] = {}
         self.num_reserved = 0  # lanes promised to sequences whose KV is on its way
+        self.num_reserved_blocks = 0  # and their blocks
         self.num_preemptions = 0
         self._leaving: list[Sequence] = []  # ended, while a step in flight still writes into their blocks
         self._num_queued_tokens = 0  # of `waiting`
+        self._num_prefilled = 0  # prompt tokens computed so far: the clock of turns
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -120,7 +125,12 @@ class Scheduler:
         return self.waiting[0] if self.waiting and self.waiting[0].spec.priority >= spec.priority else None
 
     def add(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=_order)
+        if sequence.turn is None:
+            found = self.pool.match(sequence.shareable_names())
+            self.pool.release(found)
+            num_missing = sequence.num_tokens - len(found) * self.lanes.block_size
+            sequence.turn = self._num_prefilled + AGEING * num_missing
+        insort(self.waiting, sequence, key=_turn)
         self._num_queued_tokens += sequence.num_tokens
 
     def join(self, sequence: Sequence) -> None:
@@ -209,19 +219,7 @@ class Scheduler:
             if not self._make_room(sequence):
                 return Step(self.lanes, self.lanes.nothing, ())
         decoding = self.lanes.runnable
-        left = chunk_tokens - len(decoding)
-        slices: list[Slice] = []
-        for sequence in self.prefilling:
-            if left <= 0:
-                break
-            slices.append(self._chunk(sequence, left))
-            left -= slices[-1].num_rows
-        while left > 0 and self.waiting and self.num_free_lanes > 0:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
-                break
-            slices.append(self._chunk(sequence, left))
-            left -= slices[-1].num_rows
+        slices = self._chunks(chunk_tokens - len(decoding))
         step = Step(self.lanes, decoding, slices)
         return self._with_drafts(step, drafts, chunk_tokens) if drafts else step
 
@@ -230,6 +228,7 @@ class Scheduler:
         KV of the other drafts is written over by what follows; blocks taken for nothing else are given back."""
         sequence = piece.sequence
         if not sequence.is_decoding:
+            self._num_prefilled += piece.end - sequence.prefilled
             sequence.prefilled = piece.end
         if piece.drafts:
             kept = -(-sequence.num_tokens // sequence.block_size)
@@ -243,9 +242,29 @@ class Scheduler:
         begin, end = sequence.num_committed_blocks, sequence.num_computed // sequence.block_size
         if end > begin:
             for block_id, name in zip(sequence.block_ids[begin:end], sequence.names(begin, end), strict=True):
-                self.pool.commit(block_id, name)
+                self.pool.commit(block_id, name, sequence.spec.hash_root)
             sequence.num_committed_blocks = end
         self.lanes.update(sequence)
+
+    def _chunks(self, left: int) -> list[Slice]:
+        """Of prompts under way and of those that wait, by turn. Who waits and has no room lets nobody else begin."""
+        slices: list[Slice] = []
+        started = self.prefilling.copy()
+        can_admit = True
+        while left > 0:
+            comes_first = not started or (bool(self.waiting) and _turn(self.waiting[0]) < _turn(started[0]))
+            if can_admit and comes_first and self.waiting and self.num_free_lanes > 0:
+                sequence = self.waiting[0]
+                if not self._admit(sequence):
+                    can_admit = False
+                    continue
+            elif started:
+                sequence = started.pop(0)
+            else:
+                break
+            slices.append(self._chunk(sequence, left))
+            left -= slices[-1].num_rows
+        return slices
 
     def _chunk(self, sequence: Sequence, left: int) -> Slice:
         """What to compute of a prompt now; a chunk that does not finish it ends on a block boundary, so that whole blocks can ship."""
@@ -274,7 +293,7 @@ class Scheduler:
         if sequence.times.started is None:
             sequence.num_cached = sequence.prefilled
         self._run(sequence)
-        insort(self.prefilling, sequence, key=_order)
+        insort(self.prefilling, sequence, key=_turn)
         return True
 
     def _with_drafts(self, step: Step, drafts: Mapping[SeqId, Draft], chunk_tokens: int) -> Step:
@@ -348,3 +367,9 @@ def _lanes_of(step: Step) -> Ints:
 def _order(sequence: Sequence) -> tuple[int, int]:
     """Higher class first, then older first."""
     return (-sequence.spec.priority, sequence.arrival)
+
+
+def _turn(sequence: Sequence) -> tuple[int, int, int]:
+    """Higher class first, then those with least to compute."""
+    assert sequence.turn is not None
+    return (-sequence.spec.priority, sequence.turn, sequence.arrival)

@@ -82,6 +82,7 @@ class Sequence:
     def __init__(self, spec: SequenceSpec, arrival: int, block_size: int) -> None:
         self.spec = spec
         self.arrival = arrival
+        self.turn: int | None = None  # among prompts that are to be computed; kept when it is preempted
         self.block_size = block_size
         self.state = Seq.WAITING
         self.forks = list(spec.forks)  # those still wanted

@@ -54,6 +54,7 @@ class Sequences:
         for block_id in reservation.block_ids[sequence.num_committed_blocks :]:
             self._scheduler.pool.begin_filling(block_id)
         self._scheduler.num_reserved -= reservation.num_lanes
+        self._scheduler.num_reserved_blocks -= len(reservation.block_ids)
         self._scheduler.join(sequence)
         self._fork(sequence, {fork: first_tokens[fork.seq_id] for fork in others})
 

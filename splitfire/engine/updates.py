@@ -81,3 +81,6 @@ class EngineLoad:
     queued_tokens: int
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    step_s: float = 0.0  # of a step that only decodes
+    cached_blocks: int = 0  # in the prefix cache, in use or not
+    reserved_blocks: int = 0  # lent to hand-offs that have not joined

@@ -93,6 +93,7 @@ class AttachResponse(_message.Message):
     PEER_UP_FIELD_NUMBER: _builtins.int
     PEER_GONE_FIELD_NUMBER: _builtins.int
     MEASURE_FIELD_NUMBER: _builtins.int
+    CHANGE_ROLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -109,6 +110,8 @@ class AttachResponse(_message.Message):
     def peer_gone(self) -> Global___PeerGone: ...
     @_builtins.property
     def measure(self) -> Global___Measure: ...
+    @_builtins.property
+    def change_role(self) -> Global___ChangeRole: ...
     def __init__(
         self,
         *,
@@ -120,12 +123,13 @@ class AttachResponse(_message.Message):
         peer_up: Global___PeerUp | None = ...,
         peer_gone: Global___PeerGone | None = ...,
         measure: Global___Measure | None = ...,
+        change_role: Global___ChangeRole | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "frame", b"frame", "measure", b"measure", "peer_gone", b"peer_gone", "peer_up", b"peer_up", "redirect", b"redirect", "submit", b"submit", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "change_role", b"change_role", "drain", b"drain", "frame", b"frame", "measure", b"measure", "peer_gone", b"peer_gone", "peer_up", b"peer_up", "redirect", b"redirect", "submit", b"submit", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "frame", b"frame", "measure", b"measure", "peer_gone", b"peer_gone", "peer_up", b"peer_up", "redirect", b"redirect", "submit", b"submit", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "change_role", b"change_role", "drain", b"drain", "frame", b"frame", "measure", b"measure", "peer_gone", b"peer_gone", "peer_up", b"peer_up", "redirect", b"redirect", "submit", b"submit", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "submit", "cancel", "redirect", "drain", "peer_up", "peer_gone", "measure"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "submit", "cancel", "redirect", "drain", "peer_up", "peer_gone", "measure", "change_role"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -302,12 +306,17 @@ class Hello(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
+    SENDS_CACHE_EVENTS_FIELD_NUMBER: _builtins.int
+    HAS_NO_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.bytes
     """16 random bytes, drawn at start"""
     role: _inference_pb2.Role.ValueType
     host: _builtins.str
     """opaque id of the machine: equal means shared memory is expected"""
+    sends_cache_events: _builtins.bool
+    """else the router guesses what its prefix cache holds"""
+    has_no_prefix_cache: _builtins.bool
     @_builtins.property
     def version(self) -> Global___ProtocolVersion: ...
     @_builtins.property
@@ -333,10 +342,12 @@ class Hello(_message.Message):
         capacity: Global___Capacity | None = ...,
         host: _builtins.str = ...,
         machine: _inference_pb2.MachineFacts | None = ...,
+        sends_cache_events: _builtins.bool = ...,
+        has_no_prefix_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "fingerprint", b"fingerprint", "kv_format", b"kv_format", "machine", b"machine", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "fingerprint", b"fingerprint", "host", b"host", "incarnation", b"incarnation", "kv_format", b"kv_format", "machine", b"machine", "role", b"role", "transports", b"transports", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "fingerprint", b"fingerprint", "has_no_prefix_cache", b"has_no_prefix_cache", "host", b"host", "incarnation", b"incarnation", "kv_format", b"kv_format", "machine", b"machine", "role", b"role", "sends_cache_events", b"sends_cache_events", "transports", b"transports", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -714,6 +725,31 @@ class Drain(_message.Message):
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
+class ChangeRole(_message.Message):
+    """Do the other role's work: finish or give back what is here, then attach again with the new role."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    GRACE_S_FIELD_NUMBER: _builtins.int
+    role: _inference_pb2.Role.ValueType
+    grace_s: _builtins.float
+    """for what is running; what only waits is given back at once"""
+    def __init__(
+        self,
+        *,
+        role: _inference_pb2.Role.ValueType = ...,
+        grace_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_s", b"grace_s", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangeRole: _TypeAlias = ChangeRole  # noqa: Y015
+
+@_typing.final
 class PeerUp(_message.Message):
     """A worker of the other role has joined: measure the pair."""
 
@@ -1023,6 +1059,12 @@ class Load(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     HELD_SLOTS_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    OTHER_SEQUENCES_FIELD_NUMBER: _builtins.int
+    OTHER_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ROUTERS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    RESERVED_BLOCKS_FIELD_NUMBER: _builtins.int
     total_blocks: _builtins.int
     free_blocks: _builtins.int
     running_sequences: _builtins.int
@@ -1033,6 +1075,17 @@ class Load(_message.Message):
     resident_bytes: _builtins.int
     held_slots: _builtins.int
     is_draining: _builtins.bool
+    step_s: _builtins.float
+    """of a step that only decodes, as it is now; 0 until measured"""
+    other_sequences: _builtins.int
+    """Of other routers than the one this is told to: what they have dispatched here and has not ended."""
+    other_queued_tokens: _builtins.int
+    num_routers: _builtins.int
+    """that the worker is attached to"""
+    cached_blocks: _builtins.int
+    """in the prefix cache, whether in use or not"""
+    reserved_blocks: _builtins.int
+    """not free, for KV that is on its way"""
     def __init__(
         self,
         *,
@@ -1046,10 +1099,16 @@ class Load(_message.Message):
         resident_bytes: _builtins.int = ...,
         held_slots: _builtins.int = ...,
         is_draining: _builtins.bool = ...,
+        step_s: _builtins.float = ...,
+        other_sequences: _builtins.int = ...,
+        other_queued_tokens: _builtins.int = ...,
+        num_routers: _builtins.int = ...,
+        cached_blocks: _builtins.int = ...,
+        reserved_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "held_slots", b"held_slots", "is_draining", b"is_draining", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_tokens", b"queued_tokens", "resident_bytes", b"resident_bytes", "running_sequences", b"running_sequences", "total_blocks", b"total_blocks", "waiting_sequences", b"waiting_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "held_slots", b"held_slots", "is_draining", b"is_draining", "num_routers", b"num_routers", "other_queued_tokens", b"other_queued_tokens", "other_sequences", b"other_sequences", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_tokens", b"queued_tokens", "reserved_blocks", b"reserved_blocks", "resident_bytes", b"resident_bytes", "running_sequences", b"running_sequences", "step_s", b"step_s", "total_blocks", b"total_blocks", "waiting_sequences", b"waiting_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1101,31 +1160,38 @@ Global___PairMeasurement: _TypeAlias = PairMeasurement  # noqa: Y015
 
 @_typing.final
 class CacheEvents(_message.Message):
-    """Ordered by `sequence`; a gap asks for a resync. At most 64 KiB a message."""
+    """What the prefix cache got and lost, in order. A block is named by the first 8 bytes of its hash, as a little-endian number: two that
+    share a name cost a cache miss. `sequence` counts messages of one Report stream from 0; after a gap the router asks for a resync. A
+    resync is pages of `stored` with `is_snapshot`, the last of them with `is_last_page`: what they do not name is not there. At most
+    64 KiB a message.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    IS_LAST_PAGE_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
-    IS_LAST_PAGE_FIELD_NUMBER: _builtins.int
+    IS_SNAPSHOT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     is_last_page: _builtins.bool
+    is_snapshot: _builtins.bool
     @_builtins.property
-    def stored(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def stored(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         sequence: _builtins.int = ...,
-        stored: _abc.Iterable[_builtins.bytes] | None = ...,
-        removed: _abc.Iterable[_builtins.bytes] | None = ...,
         is_last_page: _builtins.bool = ...,
+        stored: _abc.Iterable[_builtins.int] | None = ...,
+        removed: _abc.Iterable[_builtins.int] | None = ...,
+        is_snapshot: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_last_page", b"is_last_page", "removed", b"removed", "sequence", b"sequence", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_last_page", b"is_last_page", "is_snapshot", b"is_snapshot", "removed", b"removed", "sequence", b"sequence", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,6 +89,43 @@ ROLE_DECODE: Role.ValueType  # 2
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final
+class ChangeRoleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    role: Global___Role.ValueType
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        role: Global___Role.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangeRoleRequest: _TypeAlias = ChangeRoleRequest  # noqa: Y015
+
+@_typing.final
+class ChangeRoleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangeRoleResponse: _TypeAlias = ChangeRoleResponse  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     """Exactly one of `text`, `prompt_token_ids` and `messages` is set. Fields that are not set take the model's
     generation_config.json, then the default written beside them. Unknown fields are refused.
@@ -804,16 +841,20 @@ class GetFleetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MEASURE_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     measure: _builtins.bool
     """measure every pair again first: takes 5 s at most; calls within a second share one round"""
+    last: _builtins.int
+    """so many of the latest placements, newest first; at most 64 are kept"""
     def __init__(
         self,
         *,
         measure: _builtins.bool = ...,
+        last: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["measure", b"measure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last", b"last", "measure", b"measure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -828,6 +869,7 @@ class GetFleetResponse(_message.Message):
     WORKER_PORTS_FIELD_NUMBER: _builtins.int
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
     queued_requests: _builtins.int
     running_requests: _builtins.int
     @_builtins.property
@@ -838,6 +880,8 @@ class GetFleetResponse(_message.Message):
     def worker_ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """host:port of each router process for workers"""
 
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decision]: ...
     def __init__(
         self,
         *,
@@ -846,14 +890,102 @@ class GetFleetResponse(_message.Message):
         worker_ports: _abc.Iterable[_builtins.str] | None = ...,
         queued_requests: _builtins.int = ...,
         running_requests: _builtins.int = ...,
+        decisions: _abc.Iterable[Global___Decision] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pairs", b"pairs", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "worker_ports", b"worker_ports", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "pairs", b"pairs", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "worker_ports", b"worker_ports", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetFleetResponse: _TypeAlias = GetFleetResponse  # noqa: Y015
+
+@_typing.final
+class Decision(_message.Message):
+    """Why a request went where it went: the candidates that cost least, the one that was taken first. Seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    prompt_tokens: _builtins.int
+    policy: _builtins.str
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+        policy: _builtins.str = ...,
+        candidates: _abc.Iterable[Global___Candidate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class Candidate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    COST_S_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    COMPUTE_S_FIELD_NUMBER: _builtins.int
+    SHIP_S_FIELD_NUMBER: _builtins.int
+    ADMIT_S_FIELD_NUMBER: _builtins.int
+    DELAY_S_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PRESENT_TOKENS_FIELD_NUMBER: _builtins.int
+    prefill_worker_id: _builtins.str
+    """empty: the prompt is computed by the decode worker"""
+    decode_worker_id: _builtins.str
+    """empty: the first token is all there is"""
+    cost_s: _builtins.float
+    """the sum of what follows"""
+    wait_s: _builtins.float
+    """for prompts before it"""
+    compute_s: _builtins.float
+    """of what is not cached"""
+    ship_s: _builtins.float
+    """of KV, as far as computing does not hide it"""
+    admit_s: _builtins.float
+    """until the decode worker has room"""
+    delay_s: _builtins.float
+    """of sequences that run there already"""
+    cached_tokens: _builtins.int
+    """where the prompt is computed"""
+    present_tokens: _builtins.int
+    """at the decode worker: they are not shipped"""
+    def __init__(
+        self,
+        *,
+        prefill_worker_id: _builtins.str = ...,
+        decode_worker_id: _builtins.str = ...,
+        cost_s: _builtins.float = ...,
+        wait_s: _builtins.float = ...,
+        compute_s: _builtins.float = ...,
+        ship_s: _builtins.float = ...,
+        admit_s: _builtins.float = ...,
+        delay_s: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
+        present_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admit_s", b"admit_s", "cached_tokens", b"cached_tokens", "compute_s", b"compute_s", "cost_s", b"cost_s", "decode_worker_id", b"decode_worker_id", "delay_s", b"delay_s", "prefill_worker_id", b"prefill_worker_id", "present_tokens", b"present_tokens", "ship_s", b"ship_s", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):
@@ -874,6 +1006,8 @@ class WorkerStatus(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     HELD_SLOTS_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     is_draining: _builtins.bool
@@ -892,6 +1026,10 @@ class WorkerStatus(_message.Message):
     resident_bytes: _builtins.int
     held_slots: _builtins.int
     """ring slots in use, both directions"""
+    cached_blocks: _builtins.int
+    """in the prefix cache, as this router knows"""
+    state: _builtins.str
+    """"ready"; "suspect" and "silent": gets work when there is nobody else; "ejected": gets none until a probe succeeds; "probing"; "draining"."""
     @_builtins.property
     def machine(self) -> Global___MachineFacts: ...
     def __init__(
@@ -912,10 +1050,12 @@ class WorkerStatus(_message.Message):
         resident_bytes: _builtins.int = ...,
         held_slots: _builtins.int = ...,
         machine: Global___MachineFacts | None = ...,
+        cached_blocks: _builtins.int = ...,
+        state: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "held_slots", b"held_slots", "incarnation", b"incarnation", "is_draining", b"is_draining", "kv_dtype", b"kv_dtype", "machine", b"machine", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_tokens", b"queued_tokens", "resident_bytes", b"resident_bytes", "role", b"role", "running_sequences", b"running_sequences", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "decode_tokens_per_s", b"decode_tokens_per_s", "free_blocks", b"free_blocks", "held_slots", b"held_slots", "incarnation", b"incarnation", "is_draining", b"is_draining", "kv_dtype", b"kv_dtype", "machine", b"machine", "prefill_tokens_per_s", b"prefill_tokens_per_s", "queued_tokens", b"queued_tokens", "resident_bytes", b"resident_bytes", "role", b"role", "running_sequences", b"running_sequences", "state", b"state", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -227,3 +227,79 @@ class Inference:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AdminStub:
+    """For operators: a key whose tenant is an administrator, or, on a router without keys, whoever reaches its loopback address.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ChangeRole = channel.unary_unary(
+                '/splitfire.v1.Admin/ChangeRole',
+                request_serializer=splitfire_dot_v1_dot_inference__pb2.ChangeRoleRequest.SerializeToString,
+                response_deserializer=splitfire_dot_v1_dot_inference__pb2.ChangeRoleResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServicer:
+    """For operators: a key whose tenant is an administrator, or, on a router without keys, whoever reaches its loopback address.
+    """
+
+    def ChangeRole(self, request, context):
+        """A worker takes on the other role. Returns when it was told to; GetFleet shows when it has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ChangeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeRole,
+                    request_deserializer=splitfire_dot_v1_dot_inference__pb2.ChangeRoleRequest.FromString,
+                    response_serializer=splitfire_dot_v1_dot_inference__pb2.ChangeRoleResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'splitfire.v1.Admin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('splitfire.v1.Admin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Admin:
+    """For operators: a key whose tenant is an administrator, or, on a router without keys, whoever reaches its loopback address.
+    """
+
+    @staticmethod
+    def ChangeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitfire.v1.Admin/ChangeRole',
+            splitfire_dot_v1_dot_inference__pb2.ChangeRoleRequest.SerializeToString,
+            splitfire_dot_v1_dot_inference__pb2.ChangeRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -87,3 +87,34 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         """The fleet as this router sees it: workers, their load, their machines, and the measured pairs."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class AdminStub:
+    """For operators: a key whose tenant is an administrator, or, on a router without keys, whoever reaches its loopback address."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
+    ChangeRole: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ChangeRoleRequest, _inference_pb2.ChangeRoleResponse]
+    """A worker takes on the other role. Returns when it was told to; GetFleet shows when it has."""
+
+@_typing.type_check_only
+class AdminAsyncStub(AdminStub):
+    """For operators: a key whose tenant is an administrator, or, on a router without keys, whoever reaches its loopback address."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ChangeRole: _aio.UnaryUnaryMultiCallable[_inference_pb2.ChangeRoleRequest, _inference_pb2.ChangeRoleResponse]  # type: ignore[assignment]
+    """A worker takes on the other role. Returns when it was told to; GetFleet shows when it has."""
+
+class AdminServicer(metaclass=_abc_1.ABCMeta):
+    """For operators: a key whose tenant is an administrator, or, on a router without keys, whoever reaches its loopback address."""
+
+    @_abc_1.abstractmethod
+    def ChangeRole(
+        self,
+        request: _inference_pb2.ChangeRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ChangeRoleResponse, _abc.Awaitable[_inference_pb2.ChangeRoleResponse]]:
+        """A worker takes on the other role. Returns when it was told to; GetFleet shows when it has."""
+
+def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

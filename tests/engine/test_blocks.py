@@ -15,18 +15,18 @@ from splitfire.engine.blocks import BlockId, BlockPool, BlockState
 ROOT = chain_root(b"", b"model", "")
 
 
-def names(*tokens: int) -> list[BlockHash]:
+def names(*tokens: int, root: BlockHash = ROOT) -> list[BlockHash]:
     """Chained names of blocks of one token each."""
-    return list(hash_blocks(ROOT, tokens, 1))
+    return list(hash_blocks(root, tokens, 1))
 
 
-def fill(pool: BlockPool, chain: list[BlockHash]) -> list[BlockId]:
+def fill(pool: BlockPool, chain: list[BlockHash], root: BlockHash = ROOT) -> list[BlockId]:
     """A sequence that computes the blocks of `chain`, sharing what is cached."""
     found = pool.match(chain)
     rest = pool.allocate(len(chain) - len(found))
     assert rest is not None
     for block_id, name in zip(rest, chain[len(found) :], strict=True):
-        pool.commit(block_id, name)
+        pool.commit(block_id, name, root)
     return [*found, *rest]
 
 
@@ -51,7 +51,7 @@ def test_nothing_is_shared_before_it_is_full() -> None:
     blocks = pool.allocate(2)
     assert blocks is not None
     assert pool.match(names(1, 2)) == []
-    pool.commit(blocks[0], names(1)[0])
+    pool.commit(blocks[0], names(1)[0], ROOT)
     assert pool.match(names(1, 2)) == [blocks[0]]
 
 
@@ -74,8 +74,8 @@ def test_the_same_content_computed_twice_is_indexed_once() -> None:
     assert one is not None
     assert two is not None
     [name] = names(1)
-    pool.commit(one[0], name)
-    pool.commit(two[0], name)
+    pool.commit(one[0], name, ROOT)
+    pool.commit(two[0], name, ROOT)
     assert pool.match([name]) == one
     pool.release(two)
     assert pool.state(two[0]) is BlockState.FREE
@@ -122,18 +122,74 @@ def test_what_cannot_be_trusted_is_found_by_nobody_and_free_after_its_last_user(
     pool.check()
 
 
+def test_cache_quota_per_tenant() -> None:
+    """F58: a flood drives out what is its own, oldest leaves first, and of others only what they have above an equal share."""
+    pool = BlockPool(26)
+    tenants = [chain_root(bytes([i]), b"model", "") for i in range(4)]
+    quiet = [names(*range(count), root=root) for root, count in zip(tenants, (3, 12), strict=False)]
+    for root, chain in zip(tenants, quiet, strict=False):
+        pool.release(fill(pool, chain, root))
+    flood = [names(*range(100 * i, 100 * i + 4), root=tenants[2]) for i in range(50)]
+    for chain in flood:
+        pool.release(fill(pool, chain, tenants[2]))
+        pool.check()
+    # While the flood fills four blocks, 22 are left: 3 for who has no more, and half of the rest for each of the others.
+    assert [num_cached(pool, chain) for chain in quiet] == [3, 9]
+    assert [num_cached(pool, chain) for chain in flood[-5:]] == [0, 2, 4, 4, 4]
+    late = names(*range(3), root=tenants[3])
+    for token in range(3):
+        pool.release(fill(pool, late[: token + 1], tenants[3]))
+    assert [num_cached(pool, chain) for chain in (*quiet, late)] == [3, 9, 3]
+    assert sum(num_cached(pool, chain) for chain in flood) == 11
+
+
+def test_who_has_little_may_use_what_nobody_else_needs() -> None:
+    pool, root = BlockPool(8), chain_root(b"only", b"model", "")
+    pool.release(fill(pool, names(*range(8), root=root), root))
+    assert num_cached(pool, names(*range(8), root=root)) == 8
+
+
+def test_a_name_that_went_and_came_back_is_there() -> None:
+    """The router is told the last word, whatever the order within a batch."""
+    pool = BlockPool(2)
+    pool.release(fill(pool, names(1, 2)))
+    assert pool.take_changes() == dict.fromkeys(names(1, 2), True)
+    assert pool.take_changes() == {}
+    pool.release(fill(pool, names(3, 4)))
+    pool.release(fill(pool, names(1)))
+    assert pool.take_changes() == {names(1)[0]: True, names(1, 2)[1]: False, names(3)[0]: True, names(3, 4)[1]: False}
+    assert pool.names() == (names(3)[0], names(1)[0])
+    held = fill(pool, names(1))
+    pool.forget(held)
+    assert pool.take_changes() == {names(1)[0]: False}
+
+
+def test_changes_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitfire.engine.blocks.MAX_CHANGES", 4)
+    pool = BlockPool(4)
+    pool.release(fill(pool, names(1, 2, 3, 4)))
+    pool.release(fill(pool, names(5)))
+    assert pool.has_changes
+    assert pool.take_changes() is None
+    assert pool.take_changes() == {}
+    assert set(pool.names()) == {*names(1, 2, 3), *names(5)}
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Sequences come, grow, commit, hand over and go in any order; the pool's books always balance (P4)."""
+    """Sequences of two tenants come, grow, commit, hand over and go in any order; the pool's books always balance (P4), and who is
+    told every change knows what is cached."""
 
     @initialize(size=st.integers(4, 24))
     def start(self, size: int) -> None:
         self.pool = BlockPool(size)
         self.held: list[tuple[list[BlockId], list[BlockHash]]] = []
         self.random = random.Random(size)
+        self.told: set[BlockHash] = set()
 
-    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=6), reserved=st.booleans())
-    def begin(self, tokens: list[int], reserved: bool) -> None:
-        chain = names(*tokens)
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=6), reserved=st.booleans(), salt=st.sampled_from((b"", b"s")))
+    def begin(self, tokens: list[int], reserved: bool, salt: bytes) -> None:
+        root = chain_root(salt, b"model", "")
+        chain = names(*tokens, root=root)
         found = self.pool.match(chain)
         rest = self.pool.allocate(len(chain) - len(found), BlockState.RESERVED if reserved else BlockState.FILLING)
         if rest is None:
@@ -141,7 +197,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         for block_id, name in zip(rest, chain[len(found) :], strict=True):
             if self.random.random() < 0.8:
-                self.pool.commit(block_id, name)
+                self.pool.commit(block_id, name, root)
         self.held.append(([*found, *rest], chain))
 
     @precondition(lambda self: self.held)
@@ -166,6 +222,15 @@ class PoolMachine(RuleBasedStateMachine):
         found = self.pool.match(chain)
         assert not set(found) & set(blocks)
         self.pool.release(found)
+
+    @precondition(lambda self: hasattr(self, "pool"))
+    @rule()
+    def tell(self) -> None:
+        changes = self.pool.take_changes()
+        assert changes is not None
+        self.told |= {name for name, is_here in changes.items() if is_here}
+        self.told -= {name for name, is_here in changes.items() if not is_here}
+        assert self.told == set(self.pool.names())
 
     @invariant()
     def books_balance(self) -> None:
