@@ -1,0 +1,50 @@
+"""What a worker is like, in numbers: what prompts and steps cost, how much KV it holds, how fast it ships. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from router.costs import PromptCost
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of a step that only decodes: `base_s`, for each sequence, and for each token of their contexts."""
+
+    base_s: float
+    sequence_s: float = 0.0
+    context_s: float = 0.0
+
+    def seconds(self, num_sequences: int, num_context: int) -> float:
+        return self.base_s + num_sequences * self.sequence_s + num_context * self.context_s
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One worker's. `num_blocks` are the pool's; `max_cached` bounds those of them that may have names."""
+
+    prompt: PromptCost
+    step: StepCost
+    num_blocks: int
+    block_size: int
+    chunk_tokens: int
+    block_bytes: int = 0
+    bytes_per_s: float = 1e10  # to a decode worker
+    max_running: int = 256
+    max_cached: int | None = None
+    is_fifo: bool = False  # else the least work first, with ageing
+    overhead_s: float = 0.0  # of a first token, beside its prompt; nobody else waits for it
+    shares_steps: bool = True  # else prompts and sequences do not disturb one another
+
+    def times(self, factor: float) -> Engine:
+        """So many of them as one: as much memory, as fast."""
+        prompt, step = self.prompt, self.step
+        return replace(
+            self,
+            prompt=PromptCost(prompt.base_s / factor, prompt.token_s / factor, prompt.pair_s / factor),
+            step=StepCost(step.base_s, step.sequence_s / factor, step.context_s / factor),
+            num_blocks=int(self.num_blocks * factor),
+            chunk_tokens=int(self.chunk_tokens * factor),
+            max_cached=int(self.max_cached * factor) if self.max_cached is not None else None,
+            max_running=int(self.max_running * factor),
+        )
