@@ -58,6 +58,11 @@ class Intake:
         """Tokens that did not have to move."""
         return self._reservation.num_pinned * self._context.layout.block_size if self._reservation is not None else 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Room is kept for it."""
+        return self._reservation is not None
+
     def cancel(self) -> None:
         """The request is over: blocks are free when this returns."""
         self._is_over = True

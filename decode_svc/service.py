@@ -20,6 +20,7 @@ class _Decode:
     """One choice. One that waits for its KV has an `intake`, which choices of one prompt share; one that generates has `began`."""
 
     job: Job
+    has_started: bool = False  # its prompt, where that is computed here
     intake: Intake | None = None
     first: kv_pb2.FirstToken | None = None  # handed over; repeated in the first frame
     joined_at: float | None = None
@@ -61,7 +62,9 @@ class DecodeService:
             decode.intake = intake
 
     def on_started(self, seq_id: SeqId) -> None:
-        """Nothing to do: the first update carries the times."""
+        decode = self._decodes.get(seq_id)
+        if decode is not None:
+            decode.has_started = True
 
     def on_update(self, update: SequenceUpdate) -> None:
         decode = self._decodes.get(update.seq_id)
@@ -95,6 +98,19 @@ class DecodeService:
         if decode is not None:
             self._drop(decode)
             decode.job.refuse(error)
+
+    def give_back(self, replies: Replies, error: SplitfireError, *, only_waiting: bool) -> None:
+        for decode in self._decodes.of(replies, None):
+            if decode.job.spec.seq_id not in self._decodes:  # went with another choice of its prompt
+                continue
+            if decode.intake is None or decode.joined_at is not None:
+                if not (only_waiting and (decode.has_started or decode.began is not None or decode.joined_at is not None)):
+                    self._drop(decode)
+                    decode.job.refuse(error)
+            elif not (only_waiting and decode.intake.has_begun):
+                for waiting in self._waiting_for(decode.intake):
+                    self._drop(waiting)
+                decode.intake.job.refuse(error)  # as one: the router may have the prompt sent elsewhere
 
     def cancel(self, replies: Replies, attempt: int | None, choice: int | None = None) -> None:
         for decode in self._decodes.of(replies, attempt, choice):

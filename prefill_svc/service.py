@@ -77,9 +77,10 @@ class PrefillService:
 
     def on_started(self, seq_id: SeqId) -> None:
         prefill = self._prefills.get(seq_id)
-        if prefill is not None and prefill.handoff is not None and not prefill.has_begun:
+        if prefill is not None and not prefill.has_begun:
             prefill.has_begun = True
-            self._offer(prefill, prefill.handoff)
+            if prefill.handoff is not None:
+                self._offer(prefill, prefill.handoff)
 
     def on_update(self, update: SequenceUpdate) -> None:
         prefill = self._prefills.get(update.seq_id)
@@ -107,6 +108,12 @@ class PrefillService:
         if prefill is not None:
             self._end(prefill)
             prefill.job.refuse(error)
+
+    def give_back(self, replies: Replies, error: SplitfireError, *, only_waiting: bool) -> None:
+        for prefill in self._prefills.of(replies, None):
+            if not (only_waiting and prefill.has_begun):
+                self._end(prefill)
+                prefill.job.refuse(error)
 
     def cancel(self, replies: Replies, attempt: int | None, choice: int | None = None) -> None:
         for prefill in self._prefills.of(replies, attempt):

@@ -26,6 +26,7 @@ async def serve(settings: RouterSettings, model: ModelDir) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.drain)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
     return await server.run()
 
 

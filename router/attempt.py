@@ -15,14 +15,17 @@ from functools import partial
 import structlog
 
 from router.choice import Choice
+from router.ejection import is_workers_fault
 from router.fleet import Fleet
-from router.placement import Placement
+from router.placing import Room
+from router.retries import WorkerLost
 from splitfire.core import limits
 from splitfire.core.errors import Code, DataLoss, Internal, SplitfireError, Unavailable
 from splitfire.core.lifecycle import ReqEvent
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 log = structlog.get_logger("router")
+CHARGED_AT = 16  # tokens
 # What a worker may say of a request that the router let through; anything else not worth a retry is a bug.
 WORKERS_WORD = (Code.INVALID_ARGUMENT, Code.UNIMPLEMENTED, Code.FAILED_PRECONDITION, Code.RESOURCE_EXHAUSTED)
 
@@ -34,15 +37,18 @@ class Attempt:
     def __init__(
         self,
         choices: Sequence[Choice],
-        placement: Placement,
+        room: Room,
         fleet: Fleet,
         vocab_size: int,
         find_decode: Callable[[Attempt], bool],
     ) -> None:
         self.choices = {choice.index: choice for choice in choices}  # those that have not ended
-        self.placement = placement
+        self.placement = room.placement
+        self.work = room.work
+        self.block_hashes = room.block_hashes
         self.is_dispatched = False
         self.transfer_id = b""  # of the hand-off under way
+        self.charge: Callable[[int], None] = lambda num_tokens: None  # told of tokens that came, CHARGED_AT at a time
         self.resumed_at = len(choices[0].ids)  # where there are several, none has a token yet
         loop = asyncio.get_running_loop()
         self._ends: dict[int, asyncio.Future[SplitfireError | None]] = {c.index: loop.create_future() for c in choices}
@@ -50,9 +56,11 @@ class Attempt:
         self._vocab_size = vocab_size
         self._find_decode = find_decode
         self._num_redirects = 0
-        self._is_prefill_over = placement.prefill is None
+        self._num_uncharged = 0
+        self._is_prefill_over = room.placement.prefill is None
         self._has_decoded = False
-        self.number = fleet.begin(placement, len(choices[0].plan.prompt) + self.resumed_at, self)
+        self._lost_prefill: WorkerLost | None = None  # before decode said whether it has everything
+        self.number = fleet.begin(room.placement, room.work, self, room.block_names)
 
     @property
     def num_choices(self) -> int:
@@ -68,7 +76,7 @@ class Attempt:
             return
         for choice in list(self.choices.values()):
             self._close(choice, error)
-        self._fleet.end(self.number, None, cancel_reason)
+        self._fleet.end(self.number, None, cancel_reason, self.placement)
 
     def leave(
         self, choice: Choice, error: SplitfireError | None = None, reason: str = "attempt over", *, at: bytes | None = None
@@ -78,11 +86,11 @@ class Attempt:
             return
         self._close(choice, error)
         if self.choices:
-            self._fleet.cancel_choice(self.number, choice.index, reason, but_at=at)
+            self._fleet.cancel_choice(self.number, choice.index, reason, self.placement, but_at=at)
             return
         if at is not None:
             self._fleet.end(self.number, at, None)
-        self._fleet.end(self.number, None, reason)
+        self._fleet.end(self.number, None, reason, self.placement)
 
     # -- AttemptEvents
 
@@ -100,14 +108,21 @@ class Attempt:
             return
         if output.HasField("timing"):
             choice.timeline.worker_phases.extend(output.timing.phases)
-            if incarnation == (self.placement.prefill or self.placement.decode):  # what was not computed, not what did not move
+            if incarnation == self.placement.computing:  # what was not computed, not what did not move
                 choice.timeline.cached_tokens = output.timing.cached_tokens
+                self._fleet.computed(self.number, incarnation, self.work, output.timing)
+        self._num_uncharged += len(choice.ids) - had
+        if self._num_uncharged >= CHARGED_AT:
+            self.charge(self._num_uncharged)
+            self._num_uncharged = 0
         if had == self.resumed_at and len(choice.ids) > had:
-            self._fleet.started(self.number)
+            self._fleet.started(self.number, self.placement)
             if choice.timeline.first_token_at is None:
                 choice.timeline.first_token_at = time.monotonic()
             choice.advance(ReqEvent.TOKEN)
-        self._has_decoded |= incarnation == self.placement.decode
+        if incarnation == self.placement.decode and not self._has_decoded:
+            self._has_decoded = True
+            self._fleet.arrived(self.number, incarnation)
 
     def on_finished(self, incarnation: bytes, finished: fleet_pb2.Finished) -> None:
         if finished.reason != inference_pb2.FINISH_REASON_UNSPECIFIED:
@@ -143,6 +158,9 @@ class Attempt:
             self._leave_finished()
             return  # decode has everything: what prefill thinks of it does not matter any more
         error = _error_of(refused)
+        if self._lost_prefill is not None and incarnation == self.placement.decode and refused.reason.startswith("handoff"):
+            self._fail(self._lost_prefill, self.placement.prefill)  # which is why
+            return
         if is_of_one:
             if (choice := self.choices.get(refused.choice)) is not None:
                 choice.failed_at.add(incarnation)
@@ -151,12 +169,15 @@ class Attempt:
         if refused.reason in ("handoff_failed", "handoff_aborted") and self.placement.prefill and self.placement.decode:
             self._fleet.avoid_pair(self.placement.prefill, self.placement.decode)
         is_of_decode = refused.is_held or (incarnation == self.placement.decode and refused.is_retryable)
+        receiver = self.placement.decode
         if is_of_decode and refused.reason != "kv_digest_mismatch" and self._redirect():
+            if receiver is not None and is_workers_fault(error):
+                self._fleet.guard.failed(self.number, [receiver])
             return
         is_of_both = refused.reason.startswith(("handoff", "kv_"))
         self._fail(error, *((self.placement.prefill, self.placement.decode) if is_of_both else (incarnation,)))
 
-    def on_lost(self, incarnation: bytes) -> None:
+    def on_lost(self, incarnation: bytes, *, is_death: bool) -> None:
         if incarnation == self.placement.prefill and (self._is_prefill_over or self._has_decoded):
             self._leave_finished()
             return
@@ -164,9 +185,11 @@ class Attempt:
             return
         if incarnation == self.placement.prefill and self.transfer_id and self._fleet.has(self.number, self.placement.decode):
             self._is_prefill_over = True  # decode hears of it too: it has all the KV and goes on, or says that it cannot
+            self._lost_prefill = WorkerLost("no_prefill", is_death=is_death, was_computing=True)
             return
         reason = "no_decode" if incarnation == self.placement.decode else "no_prefill"
-        self._fail(Unavailable("a worker was lost", reason=reason), incarnation)
+        was_computing = self._has_decoded or incarnation == self.placement.computing
+        self._fail(WorkerLost(reason, is_death=is_death, was_computing=was_computing), incarnation)
 
     # -- inside
 
@@ -195,6 +218,8 @@ class Attempt:
 
     def _close(self, choice: Choice, error: SplitfireError | None) -> None:
         del self.choices[choice.index]
+        if not self.choices and self._num_uncharged:
+            self.charge(self._num_uncharged)
         self._ends[choice.index].set_result(error)
 
 

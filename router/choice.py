@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from router.retries import Tries
+from splitfire.core.hashing import BlockHash
 from splitfire.core.lifecycle import REQUEST, Req, ReqEvent, advance
 from splitfire.core.response_format import OutputGrammar
 from splitfire.core.sampling import SamplingParams, StopParams
@@ -31,6 +33,10 @@ class RequestPlan:
     deadline: float  # both on this process's monotonic clock
     predicted: tuple[int, ...] = ()  # what the answer will resemble, if the client said
     grammar: OutputGrammar | None = None  # what the output must match
+    tenant: str = "default"
+    weight: float = 1.0  # of the tenant's share
+    max_running: int | None = None  # the tenant's, choices of requests
+    cache_salt: bytes = b""  # the tenant's: requests of two tenants never share cached blocks
 
 
 @dataclass(slots=True)
@@ -61,6 +67,10 @@ class Choice:
         self.finish_reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED
         self.timeline = Timeline()
         self.failed_at: set[bytes] = set()  # incarnations of workers that an attempt failed at
+        self.tries = Tries()
+        self.hashed: tuple[bytes, int] | None = None  # the fingerprint, and of how many blocks, the next two are
+        self.block_hashes: Sequence[BlockHash] = ()
+        self.block_names: Sequence[int] = ()
         self.end_attempt: Callable[[str], None] = lambda reason: None  # ends what is under way at the workers
         self._changed = changed
 
@@ -86,15 +96,15 @@ class Choice:
 
     def append(self, output: fleet_pb2.SequenceOutput, vocab_size: int) -> str:
         """Takes what is new; the reason when the worker broke the protocol, else empty."""
-        offset, ids = output.offset, output.token_ids
+        offset, ids = output.offset, list(output.token_ids)
         known = len(self.ids) - offset
         if known < 0:
             return f"a gap: offset {offset} after {len(self.ids)} tokens"
         overlap = min(known, len(ids))
-        if list(ids[:overlap]) != self.ids[offset : offset + overlap]:
+        if ids[:overlap] != self.ids[offset : offset + overlap]:
             return f"another token than before at offset {offset}"
-        fresh = list(ids[overlap:])
-        if any(token >= vocab_size for token in fresh) or len(self.ids) + len(fresh) > self.plan.stopping.max_tokens:
+        fresh = ids[overlap:]
+        if max(fresh, default=0) >= vocab_size or len(self.ids) + len(fresh) > self.plan.stopping.max_tokens:
             return "a token id outside the vocabulary, or more tokens than asked for"
         if self.plan.sampling.logprobs is not None:
             if len(output.logprobs) != len(ids):

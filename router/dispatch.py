@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 
 from router.attempt import Attempt
-from router.fleet import Fleet, WorkerHandle
-from splitfire.core.hashing import chain_root, hash_blocks
+from router.fleet import Fleet
+from router.worker_handle import WorkerHandle
 from splitfire.core.wire import grammar_to_wire, sampling_to_wire, stopping_to_wire
 from splitfire.v1 import fleet_pb2
 
@@ -16,7 +16,7 @@ def send(attempt: Attempt, fleet: Fleet) -> None:
     placement = attempt.placement
     prefill = fleet.worker(placement.prefill) if placement.prefill else None
     decode = fleet.worker(placement.decode) if placement.decode else None
-    submit = _submit(attempt, fleet)
+    submit = _submit(attempt)
     if prefill is not None and decode is not None:
         to_decode, to_prefill = handoff_ends(prefill, decode)
         attempt.transfer_id = to_decode.transfer_id
@@ -28,11 +28,11 @@ def send(attempt: Attempt, fleet: Fleet) -> None:
         decode.send(submit=_part(submit, fleet_pb2.PART_WHOLE))
 
 
-def send_again(attempt: Attempt, fleet: Fleet, prefill: WorkerHandle, decode: WorkerHandle) -> None:
+def send_again(attempt: Attempt, prefill: WorkerHandle, decode: WorkerHandle) -> None:
     """Another decode worker for a prompt that `prefill` holds: a new transfer."""
     to_decode, to_prefill = handoff_ends(prefill, decode)
     attempt.transfer_id = to_decode.transfer_id
-    decode.send(submit=_part(_submit(attempt, fleet), fleet_pb2.PART_DECODE, to_prefill))
+    decode.send(submit=_part(_submit(attempt), fleet_pb2.PART_DECODE, to_prefill))
     prefill.send(redirect=fleet_pb2.Redirect(attempt=attempt.number, handoff=to_decode))
 
 
@@ -43,13 +43,10 @@ def handoff_ends(prefill: WorkerHandle, decode: WorkerHandle) -> tuple[fleet_pb2
     return to_decode, fleet_pb2.Handoff(transfer_id=transfer_id, token=token, peer=prefill.peer())
 
 
-def _submit(attempt: Attempt, fleet: Fleet) -> fleet_pb2.Submit:
+def _submit(attempt: Attempt) -> fleet_pb2.Submit:
     """What the workers are to continue: the ids this attempt began with, whatever it has brought since."""
     choice, *others = attempt.choices.values()
     plan, ids = choice.plan, choice.ids[: attempt.resumed_at]
-    fingerprint = fleet.fingerprint
-    assert fingerprint is not None  # it was placed, so somebody is attached
-    root = chain_root(b"", fingerprint.digest, "")
     return fleet_pb2.Submit(
         attempt=attempt.number,
         request_id=plan.request_id,
@@ -61,8 +58,9 @@ def _submit(attempt: Attempt, fleet: Fleet) -> fleet_pb2.Submit:
         sampling=sampling_to_wire(plan.sampling),
         stopping=stopping_to_wire(plan.stopping),
         priority=plan.priority,  # type: ignore[arg-type]
-        block_hashes=hash_blocks(root, (*plan.prompt, *ids), fingerprint.block_size),
+        block_hashes=attempt.block_hashes,
         traceparent=plan.traceparent,
+        cache_salt=plan.cache_salt,
         grammar=grammar_to_wire(plan.grammar) if plan.grammar is not None else None,
     )
 

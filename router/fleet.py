@@ -1,4 +1,4 @@
-"""The fleet as this router knows it: attached workers, their load, their attempts. Event loop only.
+"""The fleet as this router knows it: attached workers, their attempts, what their caches hold. Event loop only.
 
 A worker is its incarnation: a restart is another worker. When its Attach stream breaks, its attempts are lost and its
 peers are told. Two workers are only ever paired if their model fingerprints are equal, which is checked at Hello.
@@ -6,106 +6,31 @@ peers are told. Two workers are only ever paired if their model fingerprints are
 
 from __future__ import annotations
 
-import asyncio
+import operator
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
+from router.costs import PromptCostFit
+from router.guard import Guard
 from router.hello import check_hello, clamp
 from router.pairs import Pair, Pairs, is_possible
-from router.placement import Placement, WorkerView
+from router.prefix_index import CacheChange, PrefixIndex
+from router.views import Placement, Roles, Scan, WorkerView, roles_of
+from router.worker_handle import AttemptEvents, PromptWork, WorkerHandle
 from splitfire.core import limits
-from splitfire.core.errors import Mismatch, Unavailable
+from splitfire.core.errors import InvalidInput, Mismatch, NotFound, Unavailable
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR, Fingerprint
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.wire import fingerprint_from_wire
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 log = structlog.get_logger("router")
-
-
-class AttemptEvents(Protocol):
-    """Who an attempt's frames go to."""
-
-    @property
-    def num_choices(self) -> int:
-        """That have not ended in it."""
-
-    def on_output(self, incarnation: bytes, output: fleet_pb2.SequenceOutput) -> None: ...
-
-    def on_finished(self, incarnation: bytes, finished: fleet_pb2.Finished) -> None: ...
-
-    def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None: ...
-
-    def on_lost(self, incarnation: bytes) -> None:
-        """The worker is gone."""
-
-
-@dataclass(eq=False)
-class WorkerHandle:
-    """One attached worker. `outbox` is bounded: a worker that does not read its stream is dropped."""
-
-    hello: fleet_pb2.Hello
-    outbox: asyncio.Queue[fleet_pb2.AttachResponse] = field(default_factory=lambda: asyncio.Queue(limits.MAX_FRAMES_QUEUED))
-    attempts: dict[int, AttemptEvents] = field(default_factory=dict)
-    waiting_tokens: dict[int, int] = field(default_factory=dict)  # of attempts whose first token has not come
-    load: fleet_pb2.Load = field(default_factory=fleet_pb2.Load)
-    reported_at: float = field(default_factory=time.monotonic)
-    is_gone: asyncio.Event = field(default_factory=asyncio.Event)
-    is_replaced: bool = False  # by another process under its name
-    num_dropped: int = 0  # frames of attempts that are not here: unknown, finished, another router's
-    strikes: int = 0  # reports that cannot be true, protocol errors
-    suspect_until: float = 0.0
-
-    @property
-    def incarnation(self) -> bytes:
-        return self.hello.incarnation
-
-    @property
-    def is_prefill(self) -> bool:
-        return self.hello.role == inference_pb2.ROLE_PREFILL
-
-    def send(self, **frame: object) -> None:
-        try:
-            self.outbox.put_nowait(fleet_pb2.AttachResponse(**frame))  # type: ignore[arg-type]
-        except asyncio.QueueFull:
-            log.error("worker does not read its stream", worker_id=self.hello.worker_id)
-            self.is_gone.set()
-
-    def events(self, attempt: int) -> AttemptEvents | None:
-        """Who a frame of `attempt` goes to; None, and counted, when it is not open here."""
-        events = self.attempts.get(attempt)
-        self.num_dropped += events is None
-        return events
-
-    def peer(self) -> fleet_pb2.Peer:
-        hello = self.hello
-        return fleet_pb2.Peer(
-            worker_id=hello.worker_id,
-            incarnation=hello.incarnation,
-            transports=hello.transports,
-            kv_format=hello.kv_format,
-            host=hello.host,
-        )
-
-    def view(self, now: float) -> WorkerView:
-        capacity = self.hello.capacity
-        is_silent = now - self.reported_at > limits.SUSPECT_AFTER_S
-        return WorkerView(
-            incarnation=self.incarnation,
-            is_prefill=self.is_prefill,
-            can_take=not (self.load.is_draining or self.is_gone.is_set() or is_silent),
-            num_running=len(self.attempts) if self.is_prefill else sum(events.num_choices for events in self.attempts.values()),
-            queued_tokens=sum(self.waiting_tokens.values()),
-            max_running=capacity.max_running,
-            chunk_tokens=capacity.chunk_tokens,
-            block_size=self.hello.kv_format.block_size,
-            free_blocks=self.load.free_blocks,
-            is_suspect=now < self.suspect_until,
-        )
+FIRST_PROMPT = 256  # tokens of a prompt, until some have come
+NEWER = 0.05  # what each further one counts
+ROLE_GRACE_S = 10.0  # for what runs at a worker that changes its role; what is left then goes on elsewhere
+LEAVE_WITHIN_S = 10.0  # after that
 
 
 class Fleet:
@@ -116,8 +41,13 @@ class Fleet:
         self._on_change = on_change
         self._workers: dict[bytes, WorkerHandle] = {}
         self.pairs = Pairs()
-        self._bad_pairs: dict[Pair, float] = {}  # until when
+        self.guard = Guard(self._workers, on_change)
+        self._index = PrefixIndex(limits.MAX_INDEXED_BLOCKS, time.monotonic)
+        self._views: list[WorkerView] = []
+        self._roles = Roles((), ())
         self._next_attempt = 1
+        self._usual = PromptCostFit()  # what prompts cost, wherever they were computed
+        self._usual_tokens = float(FIRST_PROMPT)  # to compute, of an attempt
 
     @property
     def workers(self) -> list[WorkerHandle]:
@@ -140,32 +70,54 @@ class Fleet:
         pools = [w.hello.capacity.total_blocks * w.hello.kv_format.block_size for w in self._workers.values() if not w.is_prefill]
         return max(pools, default=None)
 
-    def snapshot(self) -> list[WorkerView]:
-        now = time.monotonic()
-        rates = self.pairs.rates()
-        views = [replace(w.view(now), peer_bytes_per_s=rates.get(w.incarnation, {})) for w in self._workers.values()]
-        if self._bad_pairs:
-            self._bad_pairs = {pair: until for pair, until in self._bad_pairs.items() if now < until}
-            bad = {p.prefill: frozenset(o.decode for o in self._bad_pairs if o.prefill == p.prefill) for p in self._bad_pairs}
-            views = [replace(view, bad_peers=bad.get(view.incarnation, frozenset())) for view in views]
-        return views
+    @property
+    def num_routers(self) -> int:
+        """That share the workers, as these say."""
+        told = max((worker.load.num_routers for worker in self._workers.values()), default=1)
+        return min(max(told, 1), limits.MAX_ROUTERS)
 
-    def begin(self, placement: Placement, num_tokens: int, events: AttemptEvents) -> int:
+    def num_cached_blocks(self, incarnation: bytes) -> int:
+        """Of a worker, as the prefix index knows."""
+        return self._index.num_blocks(incarnation)
+
+    def scan(self) -> Scan:
+        """Every worker as it is now."""
+        self._look()
+        return Scan(self._views, self._roles, time.monotonic())
+
+    def look_again(self, scan: Scan) -> None:
+        """Brings a scan up to date."""
+        self._look()
+        scan.workers, scan.roles = self._views, self._roles
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        views = [worker.view(now) for worker in self._workers.values()]
+        if len(views) != len(self._views) or not all(map(operator.is_, views, self._views)):
+            self._views, self._roles = views, roles_of(views)
+
+    def depths(self, names: Sequence[int]) -> Mapping[bytes, int]:
+        """Of the blocks with these short names, how many leading ones each worker has cached."""
+        return self._index.depths(names)
+
+    # -- attempts
+
+    def begin(self, placement: Placement, work: PromptWork, events: AttemptEvents, names: Sequence[int] = ()) -> int:
         """Counts an attempt at its workers from now on, before anything is sent; its number."""
         attempt = self._next_attempt
         self._next_attempt += 1
         for incarnation in filter(None, (placement.prefill, placement.decode)):
-            self._workers[incarnation].attempts[attempt] = events
-        computing = placement.prefill or placement.decode
-        assert computing is not None
-        self._workers[computing].waiting_tokens[attempt] = num_tokens
+            self._workers[incarnation].begin(attempt, events, work.num_tokens)
+            self._index.credit(incarnation, names)
+        self._workers[placement.computing].queue(attempt, work, time.monotonic())
+        self._usual_tokens += NEWER * (work.num_tokens - work.num_cached - self._usual_tokens)
         return attempt
 
-    def move(self, attempt: int, source: bytes | None, target: bytes, events: AttemptEvents) -> None:
+    def move(self, attempt: int, source: bytes | None, target: bytes, num_tokens: int, events: AttemptEvents) -> None:
         """Another decode worker takes the attempt; the one before, if it is still there, lets go of it."""
         if source is not None:
             self.end(attempt, source, "redirected")
-        self._workers[target].attempts[attempt] = events
+        self._workers[target].begin(attempt, events, num_tokens)
 
     def has(self, attempt: int, incarnation: bytes | None) -> bool:
         """Whether the attempt is open at a worker that is attached."""
@@ -174,31 +126,78 @@ class Fleet:
 
     def avoid_pair(self, prefill: bytes, decode: bytes) -> None:
         """A transfer between these two broke though both live (F31): for a while they are paired only if there is nobody else."""
-        self._bad_pairs[Pair(prefill, decode)] = time.monotonic() + limits.BAD_PAIR_S
-        while len(self._bad_pairs) > limits.MAX_WORKERS:
-            del self._bad_pairs[next(iter(self._bad_pairs))]
+        worker = self._workers.get(prefill)
+        if worker is not None and decode in self._workers:
+            worker.bad_until[decode] = time.monotonic() + limits.BAD_PAIR_S
+            worker.touch()
 
-    def started(self, attempt: int) -> None:
+    def started(self, attempt: int, placement: Placement) -> None:
         """The first token came: its prompt waits for nobody any more."""
+        worker = self._workers.get(placement.computing)
+        if worker is not None and worker.computed(attempt, time.monotonic()):
+            self._on_change()
+
+    def computed(self, attempt: int, incarnation: bytes, work: PromptWork, timing: fleet_pb2.WorkerTiming) -> None:
+        """What a prompt's first token says of the worker that computed it."""
+        worker = self._workers.get(incarnation)
+        seconds = sum(phase.duration_s for phase in timing.phases if phase.name == "prefill")
+        if worker is not None and seconds:
+            worker.measured(attempt, work, min(timing.cached_tokens, work.num_tokens), seconds)
+
+    def arrived(self, attempt: int, incarnation: bytes) -> None:
+        """The first token that was made there: its KV is all there."""
+        worker = self._workers.get(incarnation)
+        if worker is not None:
+            worker.arrived(attempt)
+
+    def reserve(self, who: object) -> None:
+        """A decode worker takes nobody else's requests until `release`: the least busy one that is left."""
+        able = [w for w in self._workers.values() if not w.is_prefill and w.view(time.monotonic()).can_take]
+        if able and not any(w.reserved_for is who for w in able):
+            worker = min(able, key=lambda w: (w.reserved_for is not None, w.num_running))
+            if worker.reserved_for is None:
+                worker.reserved_for = who
+                worker.touch()
+
+    def release(self, who: object) -> None:
+        """It does not want to be alone any more."""
         for worker in self._workers.values():
-            if worker.waiting_tokens.pop(attempt, None) is not None:
+            if worker.reserved_for is who:
+                worker.reserved_for = None
+                worker.touch()
                 self._on_change()
 
-    def end(self, attempt: int, incarnation: bytes | None, cancel_reason: str | None) -> None:
-        """The attempt is over at one worker or (None) at all; told to the worker when a reason is given."""
-        for worker in self._workers.values():
-            if incarnation in (None, worker.incarnation) and worker.attempts.pop(attempt, None) is not None:
-                worker.waiting_tokens.pop(attempt, None)
-                if cancel_reason is not None:
-                    worker.send(cancel=fleet_pb2.Cancel(attempt=attempt, reason=cancel_reason))
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """At which the fleet computes prompts of the usual length, all in all; 0 until measured."""
+        views = [view for view in self.scan().workers if view.can_take]
+        computing = [view for view in views if view.is_prefill] or views
+        if not self._usual.is_known:
+            return 0.0
+        num_tokens = max(1, round(self._usual_tokens))
+        return sum(num_tokens / max(view.cost.seconds(num_tokens), 1e-9) for view in computing)
+
+    def end(self, attempt: int, incarnation: bytes | None, cancel_reason: str | None, placement: Placement | None = None) -> None:
+        """The attempt is over at one worker, or (None) at all of its `placement`; told to the worker when a reason is given."""
+        now = time.monotonic()
+        where = (incarnation,) if placement is None else (placement.prefill, placement.decode)
+        for name in where:
+            worker = self._workers.get(name) if name is not None else None
+            if worker is not None and worker.end(attempt, now) and cancel_reason is not None:
+                worker.send(cancel=fleet_pb2.Cancel(attempt=attempt, reason=cancel_reason))
         self._on_change()
 
-    def cancel_choice(self, attempt: int, choice: int, reason: str, *, but_at: bytes | None = None) -> None:
+    def cancel_choice(self, attempt: int, choice: int, reason: str, placement: Placement, *, but_at: bytes | None = None) -> None:
         """One of an attempt's choices is over; told to every worker (or all but one) that has the others."""
-        for worker in self._workers.values():
-            if attempt in worker.attempts and worker.incarnation != but_at:
-                worker.send(cancel=fleet_pb2.Cancel(attempt=attempt, choice=choice, reason=reason))
+        for name in (placement.prefill, placement.decode):
+            worker = self._workers.get(name) if name is not None else None
+            if worker is not None and attempt in worker.attempts:
+                worker.touch()
+                if worker.incarnation != but_at:
+                    worker.send(cancel=fleet_pb2.Cancel(attempt=attempt, choice=choice, reason=reason))
         self._on_change()
+
+    # -- workers
 
     def worker(self, incarnation: bytes) -> WorkerHandle | None:
         return self._workers.get(incarnation)
@@ -219,7 +218,11 @@ class Fleet:
             if other.is_prefill is not worker.is_prefill:
                 other.send(peer_up=fleet_pb2.PeerUp(peer=worker.peer()))
                 worker.send(peer_up=fleet_pb2.PeerUp(peer=other.peer()))
+        worker.usual = self._usual
         self._workers[worker.incarnation] = worker
+        if not hello.has_no_prefix_cache:
+            self._index.add(worker.incarnation, hello.capacity.total_blocks, is_exact=hello.sends_cache_events)
+        self.guard.attached(worker)
         log.info(
             "worker attached", worker_id=hello.worker_id, role=inference_pb2.Role.Name(hello.role), num_workers=len(self._workers)
         )
@@ -231,15 +234,18 @@ class Fleet:
             return
         del self._workers[worker.incarnation]
         self.pairs.forget(worker.incarnation)
-        self._bad_pairs = {
-            pair: until for pair, until in self._bad_pairs.items() if worker.incarnation not in (pair.prefill, pair.decode)
-        }
+        self._index.remove(worker.incarnation)
         for other in self._workers.values():
+            other.peer_rates.pop(worker.incarnation, None)
+            other.bad_until.pop(worker.incarnation, None)
             if other.is_prefill is not worker.is_prefill:
                 other.send(peer_gone=fleet_pb2.PeerGone(incarnation=worker.incarnation))
-        attempts, worker.attempts, worker.waiting_tokens = worker.attempts, {}, {}
+        is_death = not worker.is_draining
+        self.guard.detached(worker, is_death=is_death)
+        attempts, worker.attempts = worker.attempts, {}
+        worker.prompts.clear()
         for events in attempts.values():
-            events.on_lost(worker.incarnation)
+            events.on_lost(worker.incarnation, is_death=is_death)
         log.info("worker detached", worker_id=worker.hello.worker_id, attempts_lost=len(attempts), num_workers=len(self._workers))
         self._on_change()
 
@@ -251,17 +257,25 @@ class Fleet:
         worker.strikes += 1
         if worker.strikes >= suspect_after:
             worker.suspect_until = time.monotonic() + limits.SUSPECT_FOR_S
+            worker.touch()
         log.warning("worker is wrong", worker_id=worker.hello.worker_id, reason=reason, strikes=worker.strikes)
 
     def drop_silent(self) -> None:
-        """Ends the streams of workers that have not reported for DEAD_AFTER_S: frozen, or cut off without a word."""
+        """Ends the streams of workers that have not reported for DEAD_AFTER_S: frozen, or cut off without a word; and of those that were
+        told to leave, and stay."""
         for worker in self._workers.values():
             if time.monotonic() - worker.reported_at > limits.DEAD_AFTER_S and not worker.is_gone.is_set():
                 log.warning("worker does not report", worker_id=worker.hello.worker_id, limit_s=limits.DEAD_AFTER_S)
                 worker.is_gone.set()
+                worker.touch()
+            elif time.monotonic() > worker.leave_by and not worker.is_gone.is_set():
+                log.warning("worker does not change its role", worker_id=worker.hello.worker_id)
+                worker.is_gone.set()
+        self.guard.look()
 
-    def on_report(self, report: fleet_pb2.ReportRequest) -> None:
-        """Mismatch when the worker is not attached, or not any more: it should attach anew."""
+    def on_report(self, report: fleet_pb2.ReportRequest) -> bool:
+        """Mismatch when the worker is not attached, or not any more: it should attach anew. False: what it told of its cache has a gap;
+        it should tell all of it again."""
         worker = self._workers.get(report.incarnation)
         if worker is None:
             raise Mismatch("stale incarnation: attach again", reason="stale_incarnation")
@@ -269,12 +283,18 @@ class Fleet:
             before = worker.load
             if clamp(report.load, worker.hello.capacity.total_blocks):
                 self.strike(worker.incarnation, "impossible_load", suspect_after=3)
-            worker.load = report.load
-            worker.reported_at = time.monotonic()
+            worker.report(report.load, time.monotonic())
+            if worker.load.is_draining is not before.is_draining:
+                self.guard.look()
             if worker.load.is_draining is not before.is_draining or worker.load.free_blocks > before.free_blocks:
                 self._on_change()
         elif report.HasField("pair"):
             self._on_pair(worker, report.pair)
+        elif report.HasField("cache_events") and worker.hello.sends_cache_events:
+            events = report.cache_events
+            change = CacheChange(events.sequence, events.stored, events.removed, events.is_snapshot, events.is_last_page)
+            return self._index.on_events(worker.incarnation, change)
+        return True
 
     def _on_pair(self, worker: WorkerHandle, measured: fleet_pb2.PairMeasurement) -> None:
         peer = self._workers.get(measured.peer_incarnation)
@@ -282,6 +302,29 @@ class Fleet:
             self.strike(worker.incarnation, "impossible_pair", suspect_after=3)
         elif peer is not None and worker.is_prefill and not peer.is_prefill:  # else it went meanwhile
             self.pairs.record(Pair(worker.incarnation, peer.incarnation), measured)
+            worker.peer_rates[peer.incarnation] = measured.bytes_per_s
+            worker.touch()
+
+    def change_role(self, worker_id: str, role: inference_pb2.Role.ValueType) -> None:
+        """Tells a worker to take on the other role. It finishes or gives back what it has, and attaches anew."""
+        worker = next((w for w in self._workers.values() if w.hello.worker_id == worker_id), None)
+        if worker is None:
+            raise NotFound(f"no worker is called {worker_id}; GetFleet names those that are attached", reason="no_worker")
+        mine = inference_pb2.Role.Name(worker.hello.role).removeprefix("ROLE_").lower()
+        if worker.hello.role == role:
+            raise InvalidInput("role", f"{worker_id} is a {mine} worker already")
+        now = time.monotonic()
+        if worker.is_draining:
+            raise Unavailable(f"{worker_id} is leaving: ask again when it has", reason="draining", retry_after_s=ROLE_GRACE_S)
+        others = [w for w in self._workers.values() if w is not worker and w.is_prefill is worker.is_prefill]
+        if not any(other.view(now).can_take for other in others):
+            raise InvalidInput("worker_id", f"{worker_id} is the last {mine} worker; attach another one first")
+        worker.is_leaving, worker.leave_by = True, now + ROLE_GRACE_S + LEAVE_WITHIN_S
+        worker.touch()
+        worker.send(change_role=fleet_pb2.ChangeRole(role=role, grace_s=ROLE_GRACE_S))
+        log.info("worker changes its role", worker_id=worker_id, role=inference_pb2.Role.Name(role))
+        self.guard.look()
+        self._on_change()
 
     async def measure_pairs(self) -> None:
         """Every pair anew, within bounds (pairs.py)."""
@@ -294,27 +337,6 @@ class Fleet:
                 worker.send(measure=fleet_pb2.Measure(peer_incarnation=decode))
 
         await self.pairs.measure([Pair(p.incarnation, d.incarnation) for p in prefills for d in decodes], ask)
-
-    def describe(self) -> inference_pb2.GetFleetResponse:
-        response = inference_pb2.GetFleetResponse()
-        for worker in self._workers.values():
-            hello, load = worker.hello, worker.load
-            response.workers.add(
-                worker_id=hello.worker_id, role=hello.role, is_draining=load.is_draining, incarnation=hello.incarnation.hex(),
-                kv_dtype=hello.kv_format.dtype, block_size=hello.kv_format.block_size, total_blocks=load.total_blocks,
-                free_blocks=load.free_blocks, running_sequences=load.running_sequences, queued_tokens=load.queued_tokens,
-                prefill_tokens_per_s=load.prefill_tokens_per_s, decode_tokens_per_s=load.decode_tokens_per_s,
-                resident_bytes=load.resident_bytes, held_slots=load.held_slots, machine=hello.machine,
-            )  # fmt: skip
-        for pair, known in self.pairs.items():
-            prefill, decode, found = self._workers[pair.prefill].hello, self._workers[pair.decode].hello, known.measured
-            response.pairs.add(
-                prefill_worker_id=prefill.worker_id, decode_worker_id=decode.worker_id, transport=found.transport, path=found.path,
-                round_trip_s=found.round_trip_s, round_trip_p99_s=found.round_trip_p99_s, bytes_per_s=found.bytes_per_s,
-                memcpy_bytes_per_s=found.memcpy_bytes_per_s, age_s=time.monotonic() - known.measured_at,
-                is_same_machine=bool(prefill.machine.machine_id) and prefill.machine.machine_id == decode.machine.machine_id,
-            )  # fmt: skip
-        return response
 
     def check(self, hello: fleet_pb2.Hello) -> None:
         """Whether this worker may join, or the error that says why not."""

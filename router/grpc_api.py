@@ -9,24 +9,31 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from tokenizers import Tokenizer
 
+from router.access import Access
 from router.choice import Choice, RequestPlan
+from router.describe import Describer
+from router.detokenizer import Detokenizer
 from router.fleet import Fleet
 from router.flow import Flow
 from router.formats import FormatPool
+from router.messages import Malformed, parser, serialize, well_formed
+from router.quotas import Quotas
 from router.status import abort, unexpected
-from router.stream import ChoiceStream, summary_of
+from router.stream import ChoiceStream, ClientWriter, summary_of
+from router.tenants import Tenant
 from router.text import TextPool, TextStream
 from splitfire.core import limits
-from splitfire.core.errors import AlreadyExists, DeadlineExceeded, Exhausted, InvalidInput, SplitfireError, Unavailable
+from splitfire.core.errors import AlreadyExists, DeadlineExceeded, SplitfireError, Unavailable
 from splitfire.core.telemetry import RequestTrace, Telemetry
 from splitfire.core.validation import (
     REQUEST_ID,
@@ -44,12 +51,6 @@ from splitfire.v1 import inference_pb2 as pb
 log = structlog.get_logger("router")
 SERVICE = "splitfire.v1.Inference"
 Context = grpc.aio.ServicerContext[Any, Any]
-Request = TypeVar("Request", bound=Message)
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """Bytes that are not the message the method takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +63,29 @@ class ServedModel:
     formats: FormatPool
 
 
+@dataclass(frozen=True, slots=True)
+class Tenants:
+    """Whose calls these are, and what they may still use."""
+
+    access: Access
+    quotas: Quotas
+
+
 class InferenceApi:
     """`splitfire.v1.Inference`. `is_draining` refuses new requests."""
 
-    def __init__(self, model: ServedModel, fleet: Fleet, flow: Flow, telemetry: Telemetry, worker_ports: list[str]) -> None:
+    def __init__(
+        self, model: ServedModel, tenants: Tenants, fleet: Fleet, flow: Flow, telemetry: Telemetry, describe: Describer
+    ) -> None:
         self.is_draining = False
         self._model = model
+        self._tenants = tenants
         self._fleet = fleet
         self._flow = flow
         self._telemetry = telemetry
-        self._worker_ports = worker_ports
-        self._active: set[str] = set()
+        self._describe = describe
+        self._detokenizer = Detokenizer(model.tokenizer)
+        self._active: set[tuple[str, str]] = set()  # tenant and request id
 
     @property
     def num_active(self) -> int:
@@ -82,10 +95,10 @@ class InferenceApi:
         """What the server registers instead of the generated servicer."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Generate": stream(self.generate, _parser(pb.GenerateRequest), _serialize),
-            "Tokenize": unary(self.tokenize, _parser(pb.TokenizeRequest), _serialize),
-            "ListModels": unary(self.list_models, _parser(pb.ListModelsRequest), _serialize),
-            "GetFleet": unary(self.get_fleet, _parser(pb.GetFleetRequest), _serialize),
+            "Generate": stream(self.generate, parser(pb.GenerateRequest), serialize),
+            "Tokenize": unary(self.tokenize, parser(pb.TokenizeRequest), serialize),
+            "ListModels": unary(self.list_models, parser(pb.ListModelsRequest), serialize),
+            "GetFleet": unary(self.get_fleet, parser(pb.GetFleetRequest), serialize),
         }
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
@@ -95,20 +108,20 @@ class InferenceApi:
         trace = RequestTrace(None)
         choices: list[Choice] = []
         try:
-            message = _well_formed(request)
+            message = well_formed(request)
+            tenant = self._tenants.access.tenant(context.invocation_metadata() or ())
             request_id = message.request_id if REQUEST_ID.match(message.request_id) else secrets.token_hex(12)
             valid = check_request(message, self._model.limits())
+            valid = replace(valid, priority=min(valid.priority, tenant.priority))
             if valid.priority < message.priority:
                 log.info("priority lowered", request_id=request_id, asked=message.priority, given=valid.priority)
             trace = self._telemetry.begin_request(_traceparent(context), accepted_at)
-            self._claim(request_id)
-            try:
-                plan = await self._accept(valid, request_id, trace, accepted_at, context)
+            with self._claim(tenant, request_id, choices):
+                plan = await self._accept(valid, tenant, request_id, trace, accepted_at, context)
+                self._tenants.quotas.spend(tenant, len(plan.prompt))
                 queued_at = time.monotonic()
                 self._telemetry.record("accept", trace.traceparent, accepted_at, queued_at, {"splitfire.request_id": request_id})
                 await self._stream(plan, valid, choices, trace, queued_at, context)
-            finally:
-                self._active.discard(request_id)
         except SplitfireError as exc:
             await abort(context, exc, request_id, _partial(choices))
         except (asyncio.CancelledError, grpc.RpcError):
@@ -126,13 +139,14 @@ class InferenceApi:
 
     async def tokenize(self, request: pb.TokenizeRequest | Malformed, context: Context) -> pb.TokenizeResponse:
         try:
-            message = _well_formed(request)
+            message = well_formed(request)
             model = self._model.limits()
             check_tokenize_request(message, model)
             if message.messages:
                 ids = await self._model.text.encode_chat(check_messages(message.messages, model))
             else:
-                ids = await self._model.text.encode(message.text)
+                tenant = self._tenants.access.tenant(context.invocation_metadata() or ())
+                ids = await self._model.text.encode(message.text, allow_special=tenant.allow_special)
             return pb.TokenizeResponse(token_ids=ids, context_length=model.context_length)
         except SplitfireError as exc:
             await abort(context, exc, "")
@@ -154,25 +168,34 @@ class InferenceApi:
         await _refuse_bad_call(request, context)
         if isinstance(request, pb.GetFleetRequest) and request.measure:
             await self._fleet.measure_pairs()
-        response = self._fleet.describe()
-        response.worker_ports.extend(self._worker_ports)
+        response = self._describe(request.last if isinstance(request, pb.GetFleetRequest) else 0)
         response.queued_requests = self._flow.admission.num_queued
         response.running_requests = self._flow.admission.num_running
         return response
 
     # -- one request
 
-    def _claim(self, request_id: str) -> None:
+    @contextmanager
+    def _claim(self, tenant: Tenant, request_id: str, choices: list[Choice]) -> Iterator[None]:
+        """The id is the tenant's for as long as the request is open, and what comes out of its choices counts as the tenant's."""
         if self.is_draining:
             raise Unavailable("this router is shutting down; use another one", reason="draining")
-        if request_id in self._active:
+        claim = (tenant.name, request_id)
+        if claim in self._active:
             raise AlreadyExists(
                 f"request_id: {request_id} is active; draw a new one", reason="duplicate_request_id", field="request_id"
             )
-        self._active.add(request_id)
+        quotas = self._tenants.quotas
+        with quotas.opened(tenant):
+            self._active.add(claim)
+            try:
+                yield
+            finally:
+                self._active.discard(claim)
+                quotas.spend(tenant, sum(len(choice.ids) for choice in choices))
 
     async def _accept(
-        self, valid: ValidRequest, request_id: str, trace: RequestTrace, accepted_at: float, context: Context
+        self, valid: ValidRequest, tenant: Tenant, request_id: str, trace: RequestTrace, accepted_at: float, context: Context
     ) -> RequestPlan:
         """Text becomes ids, defaults become numbers; from here only ids travel."""
         model = self._model.limits()
@@ -182,7 +205,7 @@ class InferenceApi:
         elif valid.messages is not None:
             prompt = tuple(await self._model.text.encode_chat(valid.messages))
         else:
-            prompt = tuple(await self._model.text.encode(valid.text or ""))
+            prompt = tuple(await self._model.text.encode(valid.text or "", allow_special=tenant.allow_special))
         stopping = resolve_stopping(valid.stopping, len(prompt), model)
         predicted: tuple[int, ...] = ()
         if valid.predicted_output:
@@ -199,11 +222,15 @@ class InferenceApi:
             stopping=stopping,
             grammar=grammar,
             priority=valid.priority,
-            session_id=valid.session_id,
+            session_id=f"{tenant.name}/{valid.session_id}" if valid.session_id else "",
             traceparent=trace.traceparent,
             accepted_at=accepted_at,
             deadline=deadline,
             predicted=predicted,
+            tenant=tenant.name,
+            weight=tenant.weight,
+            max_running=self._tenants.quotas.part(tenant.max_running),
+            cache_salt=tenant.cache_salt,
         )
 
     async def _stream(
@@ -212,68 +239,47 @@ class InferenceApi:
         """Runs every choice and sends what they produce; ends with the summary."""
         changed = asyncio.Event()
         choices.extend(Choice(plan, index, changed) for index in range(valid.n))
-        streams = [ChoiceStream(c, TextStream(self._model.tokenizer, valid.stopping.stop_strings)) for c in choices]
+        streams = [ChoiceStream(c, TextStream(self._detokenizer, valid.stopping.stop_strings)) for c in choices]
         first = self._flow.first_attempt(choices)
         tasks = [asyncio.create_task(self._flow.run(c, first), name=f"flow-{plan.request_id}-{c.index}") for c in choices]
         for task in tasks:
             task.add_done_callback(lambda _task: changed.set())
-        ended_at = 0.0
         try:
-            while True:
-                changed.clear()
-                over = [t for t in tasks if t.done()]
-                for stream in streams:
-                    response = stream.take()
-                    if response is not None:
-                        await self._write(context, response)
-                        ended_at = time.monotonic()
-                for task in over:
-                    task.result()  # the first error ends the request
-                if all(s.is_finished for s in streams) and len(over) == len(tasks):
-                    break
-                await changed.wait()
-            self._telemetry.record("stream", plan.traceparent, choices[0].timeline.first_token_at or queued_at, ended_at)
-            summary = summary_of(choices, streams, queued_at, ended_at)
-            summary.model, summary.trace_id = self._model.limits().name, trace.trace_id
-            await self._write(context, pb.GenerateResponse(summary=summary))
+            async with ClientWriter(context.write) as client:
+                ended_at = await _send(streams, tasks, changed, client)
+                self._telemetry.record("stream", plan.traceparent, choices[0].timeline.first_token_at or queued_at, ended_at)
+                summary = summary_of(choices, streams, queued_at, ended_at)
+                summary.model, summary.trace_id = self._model.limits().name, trace.trace_id
+                await client.write(pb.GenerateResponse(summary=summary))
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _write(self, context: Context, response: pb.GenerateResponse) -> None:
-        try:
-            async with asyncio.timeout(limits.SLOW_CLIENT_S):
-                await context.write(response)
-        except TimeoutError as exc:
-            raise Exhausted(f"the client read nothing for {limits.SLOW_CLIENT_S:g} s", reason="slow_consumer") from exc
 
-
-def _parser(kind: type[Request]) -> Callable[[bytes], Request | Malformed]:
-    def parse(data: bytes) -> Request | Malformed:
-        try:
-            return kind.FromString(data)
-        except (DecodeError, RecursionError):
-            return Malformed()
-
-    return parse
-
-
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
-
-
-def _well_formed(request: Request | Malformed) -> Request:
-    if isinstance(request, Malformed):
-        raise InvalidInput(
-            "request", "is not a valid message: wrong wire types, or text that is not UTF-8", reason="invalid_message"
-        )
-    return request
+async def _send(
+    streams: Sequence[ChoiceStream], tasks: Sequence[asyncio.Task[None]], changed: asyncio.Event, client: ClientWriter
+) -> float:
+    """Until every choice is finished and sent; when the last message went. Raises the first error of a choice."""
+    ended_at = 0.0
+    while True:
+        changed.clear()
+        over = [t for t in tasks if t.done()]
+        for stream in streams:
+            response = stream.take()
+            if response is not None:
+                await client.write(response)
+                ended_at = time.monotonic()
+        for task in over:
+            task.result()
+        if len(over) == len(tasks) and all(s.is_finished for s in streams):
+            return ended_at
+        await changed.wait()
 
 
 async def _refuse_bad_call(request: Message | Malformed, context: Context) -> None:
     try:
-        refuse_unknown_fields(_well_formed(request))
+        refuse_unknown_fields(well_formed(request))
     except SplitfireError as exc:
         await abort(context, exc, "")
 

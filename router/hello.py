@@ -65,7 +65,8 @@ def clamp(load: fleet_pb2.Load, total_blocks: int) -> bool:
     was = load.SerializeToString(deterministic=True)
     load.total_blocks = total_blocks
     load.free_blocks = min(load.free_blocks, total_blocks)
-    for rate in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+    load.reserved_blocks = min(load.reserved_blocks, total_blocks)
+    for rate in ("prefill_tokens_per_s", "decode_tokens_per_s", "step_s"):
         value = getattr(load, rate)
         if not 0.0 <= value < 1e12:  # NaN fails this too
             setattr(load, rate, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from splitfire.core import limits
@@ -67,13 +67,6 @@ class Pairs:
         for pair in list(self._round.awaited) if self._round is not None else ():
             if incarnation in (pair.prefill, pair.decode):
                 self._arrived(pair)
-
-    def rates(self) -> Mapping[bytes, Mapping[bytes, float]]:
-        """Bytes per second by prefill and decode worker."""
-        found: dict[bytes, dict[bytes, float]] = {}
-        for pair, known in self._known.items():
-            found.setdefault(pair.prefill, {})[pair.decode] = known.measured.bytes_per_s
-        return found
 
     async def measure(self, pairs: Iterable[Pair], ask: Ask) -> None:
         """Returns when every pair was measured, or after MEASURE_TIMEOUT_S. Who comes during a round or within MEASURE_EVERY_S of

@@ -1,135 +1,124 @@
-"""Which workers a request goes to. Pure: a snapshot of the fleet in, a placement or None out.
+"""Where a request goes, compared in seconds. Pure: a scan of the fleet and a demand in, a decision or None out.
 
-Least loaded by the router's own counts (what it dispatched and has not seen end), so that reports that lag cannot make a
-herd; ties are broken at random, or a quiet system would send everything to one worker. Of decode workers that tie, those
-that the prompt's KV would take at least twice as long to reach are left out.
+What each way to serve it costs is in ways.py. Ties are broken at random, or a quiet system would send everything to one worker.
+
+The cheapest may have to be waited for: then the request waits in the router, where it can be refused, cancelled and reordered, and counts
+as that worker's queue for those after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
 from random import Random
-from typing import Literal
 
-Split = Literal["always", "auto", "never"]
-# Times. Less is noise: of the pairs of a fleet that starts all at once, one was measured 3.8 times slower than another.
-MUCH_SLOWER = 4.0
-_UNMEASURED: Mapping[bytes, float] = {}
+from router.policies import Policy
+from router.views import Decision, Demand, Placement, Roles, Scan, Split, WorkerView, roles_of
+from router.ways import Computing, Way, computing_rows, cost_of, explain, local_ways, pair_way, pick, receiving_rows, split_ways
 
-
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """One worker as placement sees it."""
-
-    incarnation: bytes
-    is_prefill: bool
-    can_take: bool  # attached, not draining, heard of lately
-    num_running: int  # attempts (of a decode worker: choices) dispatched by this router that have not ended
-    queued_tokens: int  # prompt tokens dispatched whose first token has not come
-    max_running: int
-    chunk_tokens: int
-    block_size: int
-    free_blocks: int
-    is_suspect: bool = False  # broke the protocol lately: taken when there is nobody else
-    bad_peers: frozenset[bytes] = frozenset()  # a transfer with them broke lately: paired when there is nobody else
-    peer_bytes_per_s: Mapping[bytes, float] = field(default_factory=dict)  # of a prefill worker: to decode workers, as measured
-
-    @property
-    def has_prefill_room(self) -> bool:
-        """Its queue is at most one chunk: what is dispatched now starts with the next step."""
-        return self.queued_tokens < self.chunk_tokens and self.num_running < self.max_running
-
-    def has_decode_room(self, demand: Demand) -> bool:
-        """Free blocks are as last reported; what was promised since, the grant sorts out."""
-        has_blocks = self.free_blocks * self.block_size >= demand.num_tokens
-        return self.num_running + min(demand.num_choices, self.max_running) <= self.max_running and has_blocks
+LOCAL_MARGIN_S = 0.02  # what local prefill costs sequences that are about to arrive
+HIDDEN = 0.5  # room that is expected within this share of wait and computing is there in time
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """What a request needs. `prefers` are workers that may hold its session's cache."""
+class Rules:
+    """How a router places. Without a `policy`: by cost."""
 
-    num_tokens: int  # to compute
-    ends_with_first_token: bool
-    prefers: frozenset[bytes] = frozenset()
-    avoids: frozenset[bytes] = frozenset()  # an attempt of this request failed there
-    num_choices: int = 1  # that share the prompt
+    split: Split = "auto"
+    policy: Policy | None = None
+    local_fallback: bool = True  # decode computes prompts when there is no prefill worker
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """`prefill` alone: the first token is all there is. `decode` alone: the prompt is computed there."""
-
-    prefill: bytes | None
-    decode: bytes | None
-
-
-def missing_role(workers: Sequence[WorkerView], split: Split) -> str | None:
+def missing_role(workers: Sequence[WorkerView], rules: Rules) -> str | None:
     """The reason (`no_decode`, `no_prefill`) why no request can be placed however long it waits; None if one can."""
-    usable = [w for w in workers if w.can_take]
-    if not any(not w.is_prefill for w in usable):
+    has_prefill = has_decode = False
+    for worker in workers:
+        if worker.can_take:
+            has_prefill |= worker.is_prefill
+            has_decode |= not worker.is_prefill
+    if not has_decode:
         return "no_decode"
-    if split == "always" and not any(w.is_prefill for w in usable):
-        return "no_prefill"
-    return None
+    needs_prefill = rules.split == "always" or (rules.split == "auto" and not rules.local_fallback)
+    return "no_prefill" if needs_prefill and not has_prefill else None
 
 
-def place(workers: Sequence[WorkerView], demand: Demand, split: Split, random: Random) -> Placement | None:
-    """None: nobody has room now, wait."""
-    prefills = _trusted([w for w in workers if w.is_prefill], demand)
-    decodes = _trusted([w for w in workers if not w.is_prefill], demand)
-    if split == "never" or (split == "auto" and not prefills):
-        whole = _least_loaded([w for w in decodes if w.has_prefill_room], demand, random)
-        return Placement(None, whole.incarnation) if whole is not None else None
-    prefill = _least_loaded([w for w in prefills if w.has_prefill_room], demand, random)
-    if prefill is None:
+def place(scan: Scan, demand: Demand, rules: Rules, random: Random) -> Decision | None:
+    """The best placement, and whether it starts now; None: nobody has room, or will have any that can be foreseen."""
+    roles = _trusted(scan, demand)
+    prefills, decodes = roles.prefills, roles.decodes
+    falls_back = rules.split == "auto" and not prefills and rules.local_fallback
+    is_local = rules.split == "never" or falls_back or demand.is_alone  # one worker is enough to be lost
+    if rules.policy is not None:
+        return _by_policy(scan, demand, rules.policy, [] if is_local else prefills, decodes, random)
+    ways: list[Way] = []
+    receiving = receiving_rows(decodes, scan, demand)
+    if not is_local and prefills:
+        ways = split_ways(computing_rows(prefills, scan, demand), receiving, demand, random)
+    if is_local:
+        ways = local_ways(receiving, scan, demand, 0.0)
+    elif rules.split == "auto" and prefills:
+        ways += local_ways(receiving, scan, demand, LOCAL_MARGIN_S, min(map(cost_of, ways), default=inf))
+    if not ways:
         return None
-    if demand.ends_with_first_token:
-        return Placement(prefill.incarnation, None)
-    decode = _decode_for(prefill, decodes, demand, random)
-    return Placement(prefill.incarnation, decode.incarnation) if decode is not None else None
+    best = pick(ways, demand, random)
+    starts_now = best.wait_s <= best.computer.chunk_s and best.admit_s <= HIDDEN * (best.wait_s + best.compute_s)
+    return Decision(best.placement(), starts_now, best.compute_s, best.admit_s, lambda: explain(best, ways))
 
 
-def place_again(workers: Sequence[WorkerView], demand: Demand, placement: Placement, random: Random) -> Placement | None:
+def place_again(scan: Scan, demand: Demand, placement: Placement, random: Random) -> Placement | None:
     """Another decode worker for a prompt whose hand-off to `placement.decode` failed; None: nobody else has room now."""
-    prefill = next((w for w in workers if w.incarnation == placement.prefill), None)
-    others = [w for w in workers if not w.is_prefill and w.can_take and w.incarnation not in demand.avoids]
+    prefill = next((w for w in scan.workers if w.incarnation == placement.prefill), None)
     if prefill is None:
         return None
-    decode = _decode_for(prefill, [w for w in others if w.incarnation not in prefill.bad_peers], demand, random)
-    return Placement(placement.prefill, decode.incarnation) if decode is not None else None
+    able = [w for w in scan.workers if not w.is_prefill and w.can_take and w.incarnation not in demand.avoids]
+    receiving = receiving_rows([w for w in able if w.incarnation not in prefill.bad_peers], scan, demand)
+    rows = range(len(receiving.views))
+    ways = [pair_way(Computing([prefill], [0.0], [0.0], [0]), 0, receiving, j, demand) for j in rows if not receiving.admit_s[j]]
+    return pick(ways, demand, random).placement() if ways else None
 
 
-def _decode_for(prefill: WorkerView, decodes: Sequence[WorkerView], demand: Demand, random: Random) -> WorkerView | None:
-    good = [w for w in decodes if w.incarnation not in prefill.bad_peers] or decodes
-    return _least_loaded([w for w in good if w.has_decode_room(demand)], demand, random, prefill.peer_bytes_per_s)
+def wait_behind(decision: Decision, scan: Scan) -> None:
+    """The request goes on waiting, for the worker that is best for it: those looked at later are behind it."""
+    worker = decision.placement.computing
+    scan.ahead_s[worker] = scan.ahead_s.get(worker, 0.0) + decision.compute_s
 
 
-def _trusted(workers: Sequence[WorkerView], demand: Demand) -> list[WorkerView]:
-    """Those that can take work and are neither suspect nor avoided, however busy: one that fails fast always has room.
-    All that can take work when there are no others."""
-    usable = [w for w in workers if w.can_take]
-    return [w for w in usable if not w.is_suspect and w.incarnation not in demand.avoids] or usable
+# -- by another policy, to be compared with
 
 
-def _least_loaded(
-    workers: Sequence[WorkerView], demand: Demand, random: Random, bytes_per_s: Mapping[bytes, float] = _UNMEASURED
-) -> WorkerView | None:
-    """A worker the session prefers wins only among equals of at most one request more."""
-    if not workers:
+def _by_policy(
+    scan: Scan, demand: Demand, policy: Policy, prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], random: Random
+) -> Decision | None:
+    """Of those that have room now."""
+    receiving = receiving_rows(decodes, scan, demand)
+    with_room = [j for j, admit_s in enumerate(receiving.admit_s) if not admit_s]
+    computing = computing_rows(prefills or [receiving.views[j] for j in with_room], scan, demand)
+    free = [i for i, wait_s in enumerate(computing.wait_s) if wait_s <= computing.views[i].chunk_s]
+    if not free or not (with_room or demand.ends_with_first_token):
         return None
-    least = min(_load(w) for w in workers)
-    slack = workers[0].chunk_tokens if workers[0].is_prefill else 1
-    preferred = [w for w in workers if w.incarnation in demand.prefers and _load(w) <= least + slack]
-    return random.choice(preferred or _near([w for w in workers if _load(w) == least], bytes_per_s))
+    i = _row_of(policy([computing.views[i] for i in free], random), computing.views)
+    view, wait_s, compute_s, cached = computing.views[i], computing.wait_s[i], computing.compute_s[i], computing.cached[i]
+    if not prefills or demand.ends_with_first_token:
+        way = Way(view, None if prefills else view, 0.0, wait_s, compute_s, 0.0, 0.0, 0.0, cached, 0)
+        return _decided(way)
+    able = [receiving.views[j] for j in with_room]
+    good = [decode for decode in able if decode.incarnation not in view.bad_peers] or able
+    j = _row_of(policy(good, random), receiving.views)
+    return _decided(pair_way(computing, i, receiving, j, demand))
 
 
-def _near(workers: Sequence[WorkerView], bytes_per_s: Mapping[bytes, float]) -> list[WorkerView]:
-    """Without those much slower to reach than the fastest. What was not measured is not known to be slow."""
-    fastest = max((bytes_per_s.get(w.incarnation, 0.0) for w in workers), default=0.0)
-    return [w for w in workers if bytes_per_s.get(w.incarnation, fastest) * MUCH_SLOWER > fastest or not fastest]
+def _decided(way: Way) -> Decision:
+    return Decision(way.placement(), True, way.compute_s, way.admit_s, lambda: (way.candidate(),))
 
 
-def _load(worker: WorkerView) -> int:
-    return worker.queued_tokens if worker.is_prefill else worker.num_running
+def _row_of(worker: bytes, views: Sequence[WorkerView]) -> int:
+    return next(i for i, view in enumerate(views) if view.incarnation == worker)
+
+
+def _trusted(scan: Scan, demand: Demand) -> Roles:
+    """Of each role those that can take work and are neither suspect, avoided nor reserved, however busy: one that fails fast always
+    has room. All that can take work when there are no others."""
+    if not demand.avoids and not demand.is_alone:
+        return scan.roles
+    return roles_of(scan.workers, demand.avoids, with_reserved=demand.is_alone)

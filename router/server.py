@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import time
 from dataclasses import replace
+from random import Random
 
 import grpc
 import structlog
@@ -17,19 +18,30 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha import reflection
 from tokenizers import Tokenizer
 
+from router.admin_api import SERVICE as ADMIN_SERVICE
+from router.admin_api import AdminApi
 from router.admission import Admission, AdmissionLimits
+from router.canary import Canaries
+from router.describe import Describer
+from router.doors import Doors
 from router.fleet import Fleet
 from router.fleet_api import FleetService
 from router.flow import Flow
 from router.formats import FormatPool
-from router.grpc_api import SERVICE, InferenceApi, ServedModel
-from router.placement import Placement, missing_role
+from router.gate import Gate
+from router.grpc_api import SERVICE, InferenceApi, ServedModel, Tenants
+from router.placement import Rules, missing_role
+from router.placing import Placing, Room
+from router.policies import make_policy
+from router.quotas import Quotas
+from router.rebalance import Rebalancer
 from router.text import TextPool
+from router.views import Scan
 from splitfire.core import limits
 from splitfire.core.errors import ConfigError
 from splitfire.core.model_dir import ModelDir, others_who_may_change
 from splitfire.core.model_source import served_name
-from splitfire.core.settings import LOOPBACK, RouterSettings, read_secret
+from splitfire.core.settings import LOOPBACK, RouterSettings
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.validation import ModelLimits
 from splitfire.v1 import fleet_pb2_grpc
@@ -43,7 +55,6 @@ KEEPALIVE = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.so_reuseport", 0),
 )
 PUBLIC_OPTIONS = (
     *KEEPALIVE,
@@ -55,6 +66,7 @@ PUBLIC_OPTIONS = (
 )
 WORKER_OPTIONS = (
     *KEEPALIVE,
+    ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", limits.MAX_FLEET_MESSAGE_BYTES),
     ("grpc.max_send_message_length", limits.MAX_FLEET_MESSAGE_BYTES),
     ("grpc.max_metadata_size", limits.MAX_METADATA_BYTES),
@@ -66,15 +78,21 @@ class RouterServer:
 
     def __init__(self, settings: RouterSettings, model: ModelDir) -> None:
         self.settings = settings
+        self._doors = Doors(settings)
         self.telemetry = Telemetry("splitfire-router", settings.trace_file)
         self._text = TextPool(model)
         self._formats = FormatPool(model)
         self._fleet = Fleet(model, self._on_change)
         admission_limits = AdmissionLimits(
-            settings.max_requests, settings.max_queued, limits.MAX_QUEUED_BYTES, settings.max_queued_s
+            settings.max_requests, settings.max_queued, limits.MAX_QUEUED_BYTES, settings.max_queued_s, settings.ttft_target_s
         )
-        self._admission: Admission[Placement] = Admission(admission_limits, time.monotonic)
-        self._flow = Flow(self._fleet, self._admission, self.telemetry, settings.split, model.config.vocab_size)
+        random = Random(secrets.randbits(64))
+        self._rules = Rules(settings.split, make_policy(settings.placement), settings.local_fallback)
+        placing = Placing(self._fleet, self._rules, random)
+        self._admission: Admission[Scan, Room] = Admission(admission_limits, time.monotonic, placing.begin_scan, random)
+        self._flow = Flow(self._fleet, self._admission, placing, self.telemetry, model.config.vocab_size)
+        self._canaries = Canaries(self._fleet, tries_idle=settings.canary)
+        self._rebalancer = Rebalancer(self._fleet, self._admission, settings.ttft_target_s) if settings.rebalance else None
         self._base_limits = ModelLimits(
             name=settings.model_name or served_name(settings.model, model.path),
             vocab_size=model.config.vocab_size,
@@ -86,28 +104,35 @@ class RouterServer:
         self._worker_ports: list[str] = []
         self._model = model
         self._is_draining = False
+        self._is_pump_due = False
         self._changed = asyncio.Event()
         self._stopped = asyncio.Event()
         self._health = HealthServicer()
-        self._public = grpc.aio.server(options=PUBLIC_OPTIONS)
+        options = (*PUBLIC_OPTIONS, ("grpc.so_reuseport", int(settings.share_port)))
+        self._public = grpc.aio.server(options=options, interceptors=(Gate(self._doors.access),))
         self._private = grpc.aio.server(options=WORKER_OPTIONS)
         self.port = self.worker_port = 0
 
     async def start(self) -> None:
         """ConfigError when the tokenizer cannot be used or a port cannot be had."""
         settings = self.settings
-        token = read_secret(settings.fleet_token_file) if settings.fleet_token_file else None
+        doors = self._doors
         await self._text.start()
         served = ServedModel(self._limits, Tokenizer.from_file(str(self._model.tokenizer_path)), self._text, self._formats)
-        self._api = InferenceApi(served, self._fleet, self._flow, self.telemetry, self._worker_ports)
-        self._public.add_generic_rpc_handlers((self._api.handlers(),))
+        tenants = Tenants(doors.access, Quotas(time.monotonic, lambda: self._fleet.num_routers))
+        describe = Describer(self._fleet, self._flow.placing, settings.placement, self._worker_ports)
+        self._api = InferenceApi(served, tenants, self._fleet, self._flow, self.telemetry, describe)
+        self._public.add_generic_rpc_handlers((self._api.handlers(), AdminApi(self._fleet).handlers()))
         add_HealthServicer_to_server(self._health, self._public)
-        has_reflection = settings.reflection if settings.reflection is not None else settings.host in LOOPBACK
+        is_open = settings.host in LOOPBACK and settings.keys_file is None
+        has_reflection = settings.reflection if settings.reflection is not None else is_open
         if has_reflection:
-            reflection.enable_server_reflection((SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._public)
-        fleet_pb2_grpc.add_FleetServicer_to_server(FleetService(self._fleet, secrets.token_hex(4), token), self._private)
-        self.port = _listen(self._public, "port", settings.host, settings.port)
-        self.worker_port = _listen(self._private, "worker_port", settings.worker_host, settings.worker_port)
+            reflection.enable_server_reflection((SERVICE, ADMIN_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._public)
+        has_tls, is_api_key = doors.private is not None, doors.access.is_tenants
+        service = FleetService(self._fleet, secrets.token_hex(4), doors.token, has_tls=has_tls, is_api_key=is_api_key)
+        fleet_pb2_grpc.add_FleetServicer_to_server(service, self._private)
+        self.port = _listen(self._public, "port", settings.host, settings.port, doors.public)
+        self.worker_port = _listen(self._private, "worker_port", settings.worker_host, settings.worker_port, doors.private)
         self._worker_ports.append(f"{settings.worker_host}:{self.worker_port}")
         metrics_port = self._open_metrics()
         await self._tell_health()
@@ -115,7 +140,7 @@ class RouterServer:
         await self._public.start()
         if settings.insecure:
             log.warning(
-                "insecure: no TLS, anybody who reaches these ports may use them",
+                "insecure: what has no TLS here is in clear text, what has no credentials is anybody's who reaches it",
                 host=settings.host,
                 worker_host=settings.worker_host,
                 metrics_host=settings.metrics_host,
@@ -155,6 +180,10 @@ class RouterServer:
         asyncio.get_running_loop().call_later(self.settings.router_grace_s, self._stopped.set)
         self._changed.set()
 
+    def reload(self) -> None:
+        """SIGHUP: keys and certificates are read again; no stream notices."""
+        self._doors.reload()
+
     def _open_metrics(self) -> int | None:
         """The port, if there is to be one."""
         settings = self.settings
@@ -175,6 +204,12 @@ class RouterServer:
     def _on_change(self) -> None:
         """Workers came, went, or have room: whoever waits may start."""
         self._changed.set()
+        if not self._is_pump_due:  # what comes in one turn of the loop is looked at once
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._is_pump_due = False
         self._admission.pump()
 
     async def _tick(self) -> None:
@@ -185,6 +220,10 @@ class RouterServer:
                     await self._changed.wait()
             self._changed.clear()
             self._fleet.drop_silent()
+            self._canaries.look()
+            if self._rebalancer is not None:
+                self._rebalancer.look()
+            self._admission.rate_tokens_per_s = self._fleet.prompt_tokens_per_s
             self._admission.pump()
             await self._tell_health()
             if self._is_draining and self._api.num_active == 0:
@@ -192,15 +231,16 @@ class RouterServer:
 
     async def _tell_health(self) -> None:
         """SERVING exactly when a request could be placed."""
-        can_serve = not self._is_draining and missing_role(self._fleet.snapshot(), self.settings.split) is None
+        can_serve = not self._is_draining and missing_role(self._fleet.scan().workers, self._rules) is None
         status = health_pb2.HealthCheckResponse.SERVING if can_serve else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", SERVICE):
             await self._health.set(service, status)
 
 
-def _listen(server: grpc.aio.Server, setting: str, host: str, port: int) -> int:
+def _listen(server: grpc.aio.Server, setting: str, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+    address = f"{host}:{port}"
     try:
-        return server.add_insecure_port(f"{host}:{port}")
+        return server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     except RuntimeError as exc:
         flag = setting.replace("_", "-")
         raise ConfigError(

@@ -1,11 +1,19 @@
-"""What a client is sent: the new tokens of a choice as one message, and the summary that ends the stream."""
+"""What a client is sent: the new tokens of a choice as one message, and the summary that ends the stream. Event loop only.
+
+Messages are written one at a time; what comes while the client's stream is busy becomes one message. A client that takes
+none for SLOW_CLIENT_S is given up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
 
 from router.choice import Choice, phases_of
 from router.text import TextStream
+from splitfire.core import limits
+from splitfire.core.errors import Exhausted
 from splitfire.v1 import inference_pb2 as pb
 
 
@@ -23,21 +31,59 @@ class ChoiceStream:
         choice = self.choice
         if self.is_finished:
             return None
-        fresh = choice.ids[self.num_sent :]
-        response = pb.GenerateResponse(choice=choice.index, offset=self.num_sent)
-        for token_id in fresh:
-            response.text += self._text.push(token_id)
-            response.token_ids.append(token_id)
-            if self._text.is_stopped:
-                choice.stop()
-                break
-        response.logprobs.extend(choice.logprobs[self.num_sent : self.num_sent + len(response.token_ids)])
-        self.num_sent += len(response.token_ids)
-        if choice.finish_reason != pb.FINISH_REASON_UNSPECIFIED and (self._text.is_stopped or self.num_sent == len(choice.ids)):
+        offset = self.num_sent
+        text, count = self._text.take(choice.ids[offset:])
+        if self._text.is_stopped:
+            choice.stop()
+        self.num_sent = end = offset + count
+        response = pb.GenerateResponse(
+            choice=choice.index, offset=offset, token_ids=choice.ids[offset:end], text=text, logprobs=choice.logprobs[offset:end]
+        )
+        if choice.is_finished and (self._text.is_stopped or end == len(choice.ids)):
             response.text += self._text.flush()
             response.finish_reason = choice.finish_reason
             self.is_finished = True
-        return response if response.token_ids or self.is_finished else None
+        return response if count or self.is_finished else None
+
+
+class ClientWriter:
+    """One client's stream, as long as it is in use as a context. There is one timer for all its messages, not one for each: it looks
+    whether the message under way has waited too long."""
+
+    def __init__(self, write: Callable[[pb.GenerateResponse], Awaitable[None]], most_s: float = limits.SLOW_CLIENT_S) -> None:
+        self._write = write
+        self._most_s = most_s
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None  # the message under way waits
+        self._limit = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> ClientWriter:
+        await self._limit.__aenter__()
+        self._look()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Exhausted, where the client was too slow."""
+        assert self._timer is not None
+        self._timer.cancel()
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError as exc:
+            raise Exhausted(f"the client read nothing for {self._most_s:g} s", reason="slow_consumer") from exc
+
+    async def write(self, response: pb.GenerateResponse) -> None:
+        self._since = self._loop.time()
+        await self._write(response)
+        self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        left_s = self._most_s - (now - self._since if self._since is not None else 0.0)
+        if left_s <= 0:
+            self._limit.reschedule(now)
+        else:
+            self._timer = self._loop.call_later(left_s, self._look)
 
 
 def summary_of(choices: Sequence[Choice], streams: Sequence[ChoiceStream], queued_at: float, ended_at: float) -> pb.Summary:

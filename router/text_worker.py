@@ -51,9 +51,12 @@ class TextEngine:
         self._template_tokens = dict(model.template_tokens)
         self._self_test()
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt as it stands: text that looks like a special token is plain text (B09)."""
-        return self._encode_plain(text, add_special_tokens=True)
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """A prompt as it stands: text that looks like a special token is plain text, unless the tenant may write them (B09)."""
+        if not allow_special:
+            return self._encode_plain(text, add_special_tokens=True)
+        self._tokenizer.encode_special_tokens = False
+        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Text in the middle of other text."""
@@ -166,7 +169,7 @@ def load(path: Path) -> Callable[[Answer], Answer]:
 def _answer(engine: TextEngine, question: Answer) -> Answer:
     try:
         if "text" in question:
-            return {"ids": engine.encode(question["text"])}
+            return {"ids": engine.encode(question["text"], allow_special=question.get("allow_special", False))}
         if "continuation" in question:
             return {"ids": engine.encode_continuation(question["continuation"])}
         return {"ids": engine.encode_chat(question["messages"])}

@@ -1,4 +1,4 @@
-"""`splitfire`: up, generate, chat, fleet, doctor, demo; router, prefill and decode start one service each."""
+"""`splitfire`: up, generate, chat, fleet, doctor, demo, key, certs, simulate, advise; router, prefill and decode start one service each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from splitfire.cli.client import Client, ServerError
+from splitfire.cli.advise import advise
+from splitfire.cli.client import Client, ServerError, connect
+from splitfire.cli.credentials import certs, key
 from splitfire.cli.doctor import doctor
 from splitfire.cli.formats import read_text, response_format
-from splitfire.cli.render import fleet_table, pair_line, print_waterfall
+from splitfire.cli.options import API_KEY_FILE, DEFAULT_SERVER, SERVER, TIMEOUT, TLS_CA
+from splitfire.cli.render import decision_lines, fleet_table, pair_line, print_waterfall
 from splitfire.cli.supervisor import Fleet, FleetPlan, default_cpus, free_port
 from splitfire.core.errors import ConfigError, one_line
 from splitfire.core.model_dir import ModelDir
@@ -34,11 +38,16 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-SERVER = Annotated[str, typer.Option(envvar="SPLITFIRE_SERVER", help="host:port of a router")]
-TIMEOUT = Annotated[float, typer.Option(envvar="SPLITFIRE_TIMEOUT", min=0.1, max=3600, help="seconds an answer may take")]
-DEFAULT_SERVER = "127.0.0.1:7070"
 DEMO_PROMPT = "class Point:\n    def __init__(self, x, y):\n        self.x = x"
+
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+class NewRole(StrEnum):
+    """What a worker can be made."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 @app.command()
@@ -48,6 +57,7 @@ def up(
     decode: Annotated[int, typer.Option(envvar="SPLITFIRE_DECODE", min=1, max=64, help="decode workers")] = 1,
     aggregated: Annotated[bool, typer.Option("--aggregated", envvar="SPLITFIRE_AGGREGATED", help="no prefill workers")] = False,
     port: Annotated[int, typer.Option(envvar="SPLITFIRE_PORT", min=0, max=65535, help="for clients; 0 draws one")] = 7070,
+    routers: Annotated[int, typer.Option(envvar="SPLITFIRE_ROUTERS", min=1, max=16, help="router processes, on one port")] = 1,
     device: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DEVICE", help="cpu or cuda")] = None,
     dtype: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DTYPE", help="auto, bf16, fp16 or fp32")] = None,
     weights: Annotated[str | None, typer.Option(envvar="SPLITFIRE_WEIGHTS", help="auto or int8")] = None,
@@ -66,6 +76,7 @@ def up(
     ] = None,
     draft_model: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DRAFT_MODEL", help="such as pico-draft for pico")] = None,
     transport: Annotated[str | None, typer.Option(envvar="SPLITFIRE_TRANSPORT", help="of KV: ucx or tcp")] = None,
+    keys_file: Annotated[Path | None, typer.Option(envvar="SPLITFIRE_KEYS_FILE", help="tenants and their API keys")] = None,
     trace_file: Annotated[Path | None, typer.Option(envvar="SPLITFIRE_TRACE_FILE", help="spans, for Perfetto")] = None,
 ) -> None:
     """Starts a fleet on this machine and keeps it up until Ctrl-C."""
@@ -81,10 +92,11 @@ def up(
         "--draft-model": resolve_model(draft_model) if draft_model else None,
         "--transport": transport,
     }
+    router_flags = {"--split": split, "--keys-file": keys_file.absolute() if keys_file else None}
     shared = {"--max-context": max_context, "--trace-file": trace_file.absolute() if trace_file else None}
     fleet_plan = make_plan(
         model, 0 if aggregated else prefill, decode, port, prefill_cpus, decode_cpus,
-        router_flags=given({"--split": split}), worker_flags=given(flags), shared_flags=given(shared),
+        router_flags=given(router_flags), worker_flags=given(flags), shared_flags=given(shared), num_routers=routers,
     )  # fmt: skip
     with running(fleet_plan) as fleet:
         out.print(
@@ -122,6 +134,8 @@ def generate(
     grammar: Annotated[Path | None, typer.Option(envvar="SPLITFIRE_GRAMMAR", help="the answer follows this GBNF")] = None,
     trace: Annotated[bool, typer.Option("--trace", envvar="SPLITFIRE_TRACE", help="show where the time went")] = False,
     timeout: TIMEOUT = 600.0,
+    api_key_file: API_KEY_FILE = None,
+    tls_ca: TLS_CA = None,
 ) -> None:
     """Streams the continuation of a text."""
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -132,7 +146,7 @@ def generate(
         sampling=pb.SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         stopping=pb.StoppingParams(max_tokens=max_tokens, stop=stop or []),
     )
-    with Client(server) as client:
+    with connect(server, api_key_file, tls_ca) as client:
         summary = stream_answer(client, request, timeout)
     if trace and summary is not None:
         err.print()
@@ -144,9 +158,11 @@ def chat(
     server: SERVER = DEFAULT_SERVER,
     max_tokens: Annotated[int, typer.Option(envvar="SPLITFIRE_MAX_TOKENS", min=1, help="of one answer")] = 256,
     timeout: TIMEOUT = 600.0,
+    api_key_file: API_KEY_FILE = None,
+    tls_ca: TLS_CA = None,
 ) -> None:
     """A conversation; an empty line or Ctrl-D ends it."""
-    with Client(server) as client:
+    with connect(server, api_key_file, tls_ca) as client:
         out.print(f"[dim]{client.model().id} on {server}; an empty line ends[/]")
         messages: list[pb.ChatMessage] = []
         session = f"chat-{os.getpid()}"
@@ -159,19 +175,44 @@ def chat(
 
 
 @app.command()
-def fleet(server: SERVER = DEFAULT_SERVER) -> None:
+def fleet(
+    server: SERVER = DEFAULT_SERVER,
+    last: Annotated[int, typer.Option(min=0, max=64, help="why the latest so many requests went where they went")] = 0,
+    api_key_file: API_KEY_FILE = None,
+    tls_ca: TLS_CA = None,
+) -> None:
     """Who is there, and how busy."""
-    with Client(server) as client:
-        status = client.fleet()
+    with connect(server, api_key_file, tls_ca) as client:
+        status = client.fleet(last=last)
     out.print(fleet_table(status))
     for pair in status.pairs:
         out.print(pair_line(pair))
+    for decision in status.decisions:
+        for line in decision_lines(decision):
+            out.print(line, markup=False)
     out.print(
         f"{status.running_requests} requests running, {status.queued_requests} waiting; workers attach to {', '.join(status.worker_ports)}"
     )
 
 
+@app.command()
+def role(
+    worker: Annotated[str, typer.Argument(help="as `splitfire fleet` names it")],
+    new_role: Annotated[NewRole, typer.Argument(metavar="prefill|decode")],
+    server: SERVER = DEFAULT_SERVER,
+    api_key_file: API_KEY_FILE = None,
+    tls_ca: TLS_CA = None,
+) -> None:
+    """Has a worker take on the other role, while it runs."""
+    with connect(server, api_key_file, tls_ca) as client:
+        client.change_role(worker, pb.ROLE_PREFILL if new_role is NewRole.PREFILL else pb.ROLE_DECODE)
+    out.print(f"{worker} finishes or gives back what it has; `splitfire fleet` shows when it is a {new_role.value} worker")
+
+
+app.command()(advise)
 app.command()(doctor)
+app.command()(key)
+app.command()(certs)
 
 
 @app.command()
@@ -184,7 +225,7 @@ def demo(
     began = time.monotonic()
     shared = given({"--trace-file": trace_file.absolute() if trace_file else None})
     plan = make_plan("pico", 1, 1, free_port(), "", "", router_flags=("--split=always",), worker_flags=(), shared_flags=shared)
-    with running(plan) as fleet, Client(fleet.address) as client:
+    with running(plan) as fleet, fleet.client() as client:
         out.print(f"\n[bold]{escape(prompt)}[/]", end="")  # the answer goes on where the prompt ends
         request = pb.GenerateRequest(
             text=prompt,
@@ -218,9 +259,15 @@ def decode(context: typer.Context) -> None:
     _become("splitfire.worker", ["--role=decode", *context.args])
 
 
+@app.command(context_settings=PASS_THROUGH, add_help_option=False)
+def simulate(context: typer.Context) -> None:
+    """Serves a trace with the router's own rules over workers that are formulas; --help lists its flags."""
+    _become("router.simulation", ["simulate", *context.args])
+
+
 def make_plan(
     model: str, num_prefill: int, num_decode: int, port: int, prefill_cpus: str, decode_cpus: str,
-    *, router_flags: tuple[str, ...], worker_flags: tuple[str, ...], shared_flags: tuple[str, ...],
+    *, router_flags: tuple[str, ...], worker_flags: tuple[str, ...], shared_flags: tuple[str, ...], num_routers: int = 1,
 ) -> FleetPlan:  # fmt: skip
     try:
         cpus = parse_cpus(prefill_cpus), parse_cpus(decode_cpus)
@@ -240,6 +287,7 @@ def make_plan(
         router_flags,
         worker_flags,
         shared_flags,
+        num_routers,
     )
 
 
@@ -271,7 +319,8 @@ def running(plan: FleetPlan) -> Iterator[Fleet]:
 
 
 def print_ready(fleet: Fleet, status: pb.GetFleetResponse) -> None:
-    out.print(f"router     ready  {fleet.address}")
+    routers = f", {fleet.plan.num_routers} processes" if fleet.plan.num_routers > 1 else ""
+    out.print(f"router     ready  {fleet.address}{routers}")
     pairs: dict[str, list[pb.Pair]] = {}
     for pair in status.pairs:
         pairs.setdefault(pair.decode_worker_id, []).append(pair)

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from splitfire.cli.client import Client
+from splitfire.cli.client import Client, connect
 from splitfire.cli.doctor_view import as_json, print_diagnosis
 from splitfire.cli.findings import Diagnosis, Member, PairReading, Unmeasured, exit_code, judge
 from splitfire.cli.local_pair import EndError, LocalPair, local_pair
+from splitfire.cli.options import API_KEY_FILE, TLS_CA
 from splitfire.core.limits import MEASURE_TIMEOUT_S
 from splitfire.core.machine import facts_from_wire, look_around
 from splitfire.v1 import inference_pb2 as pb
@@ -29,9 +30,11 @@ def doctor(
         Literal["ucx", "tcp"] | None, typer.Option(envvar="SPLITFIRE_TRANSPORT", help="of a pair of its own; default: ucx")
     ] = None,
     json: Annotated[bool, typer.Option("--json", envvar="SPLITFIRE_JSON", help="print one JSON object and nothing else")] = False,
+    api_key_file: API_KEY_FILE = None,
+    tls_ca: TLS_CA = None,
 ) -> None:
     """Measures how KV moves between workers, and says what is wrong; exit code 1 when that makes it slow or impossible."""
-    diagnosis = look_here(transport) if server is None else ask_fleet(server)
+    diagnosis = look_here(transport) if server is None else ask_fleet(connect(server, api_key_file, tls_ca))
     findings = judge(diagnosis)
     if json:
         typer.echo(encoding.dumps(as_json(diagnosis, findings)))
@@ -59,9 +62,9 @@ def _measured(pair: LocalPair, num_cpus: int, load: float) -> Diagnosis:
         return Diagnosis(pair.members, (), (Unmeasured("prefill", "decode", str(exc)),), num_cpus=num_cpus, load=load)
 
 
-def ask_fleet(server: str) -> Diagnosis:
+def ask_fleet(client: Client) -> Diagnosis:
     """Every pair of a running fleet, measured again now."""
-    with Client(server) as client:
+    with client:
         status = client.fleet(timeout_s=2 * MEASURE_TIMEOUT_S, measure=True)
     return diagnosis_of(status)
 

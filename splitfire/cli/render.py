@@ -52,7 +52,7 @@ def fleet_table(fleet: pb.GetFleetResponse) -> Table:
         role = pb.Role.Name(worker.role).removeprefix("ROLE_").lower()
         table.add_row(
             worker.worker_id,
-            "draining" if worker.is_draining else role,
+            worker.state if worker.state not in ("", "ready") else role,
             f"{worker.kv_dtype}, {worker.block_size}",
             f"{worker.free_blocks}/{worker.total_blocks}",
             str(worker.running_sequences),
@@ -73,6 +73,21 @@ def pair_line(pair: pb.Pair) -> str:
     if pair.is_same_machine and pair.path == NETWORK:
         return f"[bold red]{escape(line)}, though both are on one machine: splitfire doctor says why[/]"
     return escape(line)
+
+
+def decision_lines(decision: pb.Decision) -> list[str]:
+    """Why a request went where it went: the placement that was taken, then the cheapest of the others."""
+    lines = [f"{decision.request_id}: {decision.prompt_tokens} tokens, placed by {decision.policy}"]
+    for index, candidate in enumerate(decision.candidates):
+        where = " → ".join(filter(None, (candidate.prefill_worker_id, candidate.decode_worker_id)))
+        parts = {"wait": candidate.wait_s, "compute": candidate.compute_s, "ship": candidate.ship_s}
+        parts |= {"room": candidate.admit_s, "delay of others": candidate.delay_s}
+        cost = " + ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in parts.items() if seconds >= 5e-5) or "nothing"
+        cached = f"; {candidate.cached_tokens} tokens cached" if candidate.cached_tokens else ""
+        present = f", {candidate.present_tokens} at {candidate.decode_worker_id} already" if candidate.present_tokens else ""
+        sign = "*" if index == 0 else " "
+        lines.append(f"  {sign} {where}: {1e3 * candidate.cost_s:.1f} ms = {cost}{cached}{present}")
+    return lines
 
 
 def rate(value: float) -> str:

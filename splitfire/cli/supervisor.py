@@ -47,6 +47,7 @@ class FleetPlan:
     router_flags: tuple[str, ...] = ()
     worker_flags: tuple[str, ...] = ()
     shared_flags: tuple[str, ...] = ()
+    num_routers: int = 1  # they share the port
 
 
 @dataclass(slots=True)
@@ -85,49 +86,61 @@ class Fleet:
     children: list[Child] = field(default_factory=list)
     is_ready: bool = False
     has_lost_child: bool = False
-    _worker_port: int = 0
+    _worker_ports: list[str] = field(default_factory=list)  # of each router
+    _token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.plan.port}"
 
+    def client(self) -> Client:
+        """As who operates the fleet."""
+        return Client(self.address, self._token.encode())
+
     def start(self) -> None:
         plan = self.plan
         token_file = self.directory / "fleet-token"
         token_file.touch(mode=0o600)
-        token_file.write_text(secrets.token_hex(32))
-        worker_port = self._worker_port = free_port()
+        token_file.write_text(self._token)
         shared = [f"--model={plan.model}", f"--fleet-token-file={token_file}", *plan.shared_flags]
         name = f"--model-name={plan.model_name}"
-        self._add(
-            "router", ["-m", "router", *shared, name, f"--port={plan.port}", f"--worker-port={worker_port}", *plan.router_flags]
-        )
+        self._worker_ports = [f"127.0.0.1:{free_port()}" for _ in range(plan.num_routers)]
+        for index, address in enumerate(self._worker_ports):
+            flags = [f"--port={plan.port}", f"--worker-port={address.rpartition(':')[2]}", *plan.router_flags]
+            if plan.num_routers > 1:
+                flags.append("--share-port")
+            self._add(f"router-{index}" if plan.num_routers > 1 else "router", ["-m", "router", *shared, name, *flags])
         for role, count, cpus in (("prefill", plan.num_prefill, plan.prefill_cpus), ("decode", plan.num_decode, plan.decode_cpus)):
             for index, mine in enumerate(share(cpus, count)):
-                flags = [f"--role={role}", f"--worker-id={role}-{index}", f"--router=127.0.0.1:{worker_port}", *plan.worker_flags]
+                flags = [
+                    f"--role={role}",
+                    f"--worker-id={role}-{index}",
+                    f"--router={','.join(self._worker_ports)}",
+                    *plan.worker_flags,
+                ]
                 if mine:
                     flags.append(f"--cpus={','.join(map(str, mine))}")
                 self._add(f"{role}-{index}", ["-m", "splitfire.worker", *shared, *flags])
 
     def wait_ready(self) -> pb.GetFleetResponse:
-        """Until every worker is attached and every pair measured. ConfigError when a child gives up."""
+        """Until at every router every worker is attached and every pair measured. ConfigError when a child gives up."""
         deadline = time.monotonic() + READY_TIMEOUT_S
-        wanted = self.plan.num_prefill + self.plan.num_decode
         pairs_deadline: float | None = None
-        with Client(self.address) as client:
-            while time.monotonic() < deadline:
-                for child in self.children:
-                    if child.process is not None and child.process.poll() is not None:
-                        raise ConfigError(f"{child.name}: {child.last_line()}")
-                with contextlib.suppress(ServerError):
-                    fleet = client.fleet(timeout_s=1.0)
-                    is_ours = f"127.0.0.1:{self._worker_port}" in fleet.worker_ports  # not a router that had the port before
-                    if is_ours and len(fleet.workers) == wanted:
-                        pairs_deadline = pairs_deadline or time.monotonic() + PAIR_TIMEOUT_S
-                        if len(fleet.pairs) == self.plan.num_prefill * self.plan.num_decode or time.monotonic() > pairs_deadline:
-                            self.is_ready = True
-                            return fleet
-                time.sleep(POLL_S)
+        waiting = set(self._worker_ports)  # of routers that are not ready; one that had the port before us is not among them
+        while time.monotonic() < deadline:
+            for child in self.children:
+                if child.process is not None and child.process.poll() is not None:
+                    raise ConfigError(f"{child.name}: {child.last_line()}")
+            with contextlib.suppress(ServerError), self.client() as client:  # each time a new connection: to any of the routers
+                fleet = client.fleet(timeout_s=1.0)
+                if waiting & {*fleet.worker_ports} and len(fleet.workers) == self.plan.num_prefill + self.plan.num_decode:
+                    pairs_deadline = pairs_deadline or time.monotonic() + PAIR_TIMEOUT_S
+                    if len(fleet.pairs) == self.plan.num_prefill * self.plan.num_decode or time.monotonic() > pairs_deadline:
+                        waiting.difference_update(fleet.worker_ports)
+                if not waiting:
+                    self.is_ready = True
+                    return fleet
+            time.sleep(POLL_S)
         raise ConfigError(f"not ready after {READY_TIMEOUT_S:g} s; the logs are in {self.directory}")
 
     def watch(self) -> None:

@@ -10,6 +10,7 @@
     ├── Forbidden                  only the operator may set it
     ├── Unauthenticated            missing or wrong credential
     ├── Exhausted                  a queue or limit is full (`queue_full`, `slow_consumer`, ...)
+    ├── Preempted                  gave its place in a full queue to another before it began (`preempted`)
     ├── Unavailable                no worker of a role, or draining (`no_prefill`, `no_decode`, `draining`)
     ├── DeadlineExceeded           the request's time is over; the reason is the stage it was in
     ├── Cancelled                  the client went away
@@ -121,6 +122,13 @@ class Exhausted(SplitfireError):
     """A queue or limit is full; `retry_after_s` says when it may not be."""
 
     code = Code.RESOURCE_EXHAUSTED
+    is_retryable = True
+
+
+class Preempted(SplitfireError):
+    """The request gave its place in a full queue to another, before its first token."""
+
+    code = Code.ABORTED
     is_retryable = True
 
 

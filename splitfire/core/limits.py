@@ -55,15 +55,25 @@ MASK_BURST_S = 1.0
 MEAN_MASK_S = 0.02
 
 # Router queues.
+MAX_RUNNING_REQUESTS = 4096
 MAX_QUEUED_REQUESTS = 1000
 MAX_QUEUED_BYTES = 256 * MIB
 MAX_QUEUED_S = 60.0
 SLOW_CLIENT_S = 30.0
 MAX_ATTEMPTS = 3
 
+# Tenants.
+MAX_KEYS_FILE_BYTES = 4 * MIB
+MAX_TENANTS = 10_000
+MAX_KEYS_PER_TENANT = 16
+MAX_API_KEY_CHARS = 512
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+MAX_TOKENS_PER_MINUTE = 10**9
+
 # Router and workers.
 MAX_FLEET_MESSAGE_BYTES = 16 * MIB
 MAX_WORKERS = 256
+MAX_ROUTERS = 16  # that a worker attaches to
 MAX_FRAMES_QUEUED = 1024
 HELLO_TIMEOUT_S = 5.0
 REPORT_EVERY_S = 1.0
@@ -73,6 +83,7 @@ SUSPECT_FOR_S = 30.0  # after breaking the protocol
 KEEPALIVE_TIME_S = 10.0
 KEEPALIVE_TIMEOUT_S = 3.0
 MAX_WORKER_ID_CHARS = 128
+MAX_INDEXED_BLOCKS = 4_000_000  # in the router's prefix index, of all workers together; about 150 bytes each
 MAX_TRANSPORT_CHARS = 32
 MEASURE_EVERY_S = 1.0  # pairs are measured anew at most this often, whoever asks
 MEASURE_PAIR_S = 1.0  # one pair may take this long

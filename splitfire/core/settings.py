@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -87,21 +87,37 @@ class ServiceSettings(BaseSettings):
     )  # fmt: skip
 
     model: str = Field("pico", description="pico, a model directory, or a hub id")
-    insecure: bool = Field(False, description="allow addresses that other hosts can reach, though there is no TLS yet")
+    insecure: bool = Field(False, description="allow addresses that other hosts can reach without TLS and credentials")
     max_context: int | None = Field(None, ge=16, le=limits.MAX_POSITIONS, description="tokens, prompt and output; the model's own")
     fleet_token_file: Path | None = Field(None, description="file with the secret that router and workers share")
+    fleet_tls_cert: Path | None = Field(None, description="PEM certificate that says what this process is in the fleet")
+    fleet_tls_key: Path | None = Field(None, description="PEM key of fleet_tls_cert")
+    fleet_tls_ca: Path | None = Field(None, description="PEM certificate of who signed those of the whole fleet")
     trace_file: Path | None = Field(None, description="write spans to this file, for Perfetto")
     metrics_host: str = Field("127.0.0.1", description="address of the metrics port")
     metrics_port: Port | None = Field(None, description="Prometheus metrics over HTTP; default: off; 0 draws a port")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line to write")
 
+    @property
+    def has_fleet_tls(self) -> bool:
+        return self.fleet_tls_cert is not None
+
+    @model_validator(mode="after")
+    def _whole_identity(self) -> Self:
+        _require_together(self, "fleet_tls_cert", "fleet_tls_key", "fleet_tls_ca")
+        return self
+
+
+def _require_together(settings: BaseSettings, *names: str) -> None:
+    missing = [name for name in names if getattr(settings, name) is None]
+    if 0 < len(missing) < len(names):
+        raise ValueError(f"{' and '.join(names)} belong together: {' and '.join(missing)} is missing")
+
 
 def _require_loopback(settings: ServiceSettings, **hosts: str) -> None:
     for name, host in hosts.items():
         if host not in LOOPBACK and not settings.insecure:
-            raise ValueError(
-                f"{name} {host} can be reached from other machines and there is no TLS yet: use 127.0.0.1, or --insecure"
-            )
+            raise ValueError(f"{name} {host} can be reached from other machines in clear text: use 127.0.0.1, or --insecure")
 
 
 class RouterSettings(ServiceSettings):
@@ -114,10 +130,25 @@ class RouterSettings(ServiceSettings):
     model_name: str = Field(
         "", max_length=limits.MAX_MODEL_NAME_CHARS, description="what clients call the model; default: MODEL's own name"
     )
+    keys_file: Path | None = Field(None, description="TOML file of tenants and the hashes of their API keys; read again on SIGHUP")
+    tls_cert: Path | None = Field(None, description="PEM certificate that clients see, with those between it and its authority")
+    tls_key: Path | None = Field(None, description="PEM key of tls_cert")
     split: Literal["always", "auto", "never"] = Field(
         "auto", description="prefill elsewhere: always, when a prefill worker is there, never"
     )
-    max_requests: int = Field(256, ge=1, le=4096, description="requests in flight, all workers together")
+    local_fallback: bool = Field(
+        True, description="with split auto: decode workers compute prompts while no prefill worker is there"
+    )
+    placement: Literal["cost", "round_robin", "least_loaded", "power_of_two", "random"] = Field(
+        "cost", description="how workers are chosen: by predicted seconds, or in one of the simple ways it is compared with"
+    )
+    ttft_target_s: float = Field(
+        30.0,
+        gt=0,
+        le=limits.MAX_DEADLINE_S,
+        description="predicted to wait longer for its first token, a request is refused at once",
+    )
+    max_requests: int = Field(256, ge=1, le=limits.MAX_RUNNING_REQUESTS, description="requests in flight, all workers together")
     max_queued: int = Field(limits.MAX_QUEUED_REQUESTS, ge=0, le=limits.MAX_QUEUED_REQUESTS, description="requests that may wait")
     max_queued_s: float = Field(
         limits.MAX_QUEUED_S,
@@ -125,12 +156,30 @@ class RouterSettings(ServiceSettings):
         le=limits.MAX_DEADLINE_S,
         description="seconds a request may wait for a worker; then it is refused",
     )
-    reflection: bool | None = Field(None, description="gRPC server reflection; default: on when bound to loopback")
+    share_port: bool = Field(
+        False, description="other routers of this machine may listen on the same port; each gets some connections"
+    )
+    canary: bool = Field(False, description="try workers that have had no work for 10 s with a request of one token")
+    rebalance: bool = Field(False, description="move workers between the roles when one side starves and the other could spare one")
+    reflection: bool | None = Field(
+        None, description="gRPC server reflection; default: on when bound to loopback, without a keys_file"
+    )
     router_grace_s: float = Field(30.0, ge=0, le=3600, description="seconds open requests get after SIGTERM")
 
     @model_validator(mode="after")
     def _safe_binds(self) -> RouterSettings:
-        _require_loopback(self, host=self.host, worker_host=self.worker_host, metrics_host=self.metrics_host)
+        _require_loopback(self, metrics_host=self.metrics_host)
+        _require_together(self, "tls_cert", "tls_key")
+        if self.host not in LOOPBACK and not self.insecure and (self.tls_cert is None or self.keys_file is None):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines: give --tls-cert, --tls-key and --keys-file, or --insecure"
+            )
+        has_consent = self.insecure and self.fleet_token_file is not None
+        if self.worker_host not in LOOPBACK and not self.has_fleet_tls and not has_consent:
+            raise ValueError(
+                f"worker_host {self.worker_host} can be reached from other machines: give --fleet-tls-cert, --fleet-tls-key and "
+                "--fleet-tls-ca, or both --fleet-token-file and --insecure"
+            )
         if 0 < self.port == self.worker_port and self.host == self.worker_host:
             raise ValueError(f"port and worker_port are both {self.port}: clients and workers need a port each")
         return self
@@ -141,7 +190,7 @@ class WorkerSettings(ServiceSettings):
 
     role: Literal["prefill", "decode"] = Field("decode", description="what it announces itself as")
     router: Annotated[str, _checked_by(parse_addresses)] = Field(
-        "127.0.0.1:7071", min_length=3, description="worker ports of all routers, comma separated"
+        "127.0.0.1:7071", min_length=3, description="worker ports of all routers, comma separated; of a name, every address it has"
     )
     worker_id: str = Field(
         "", description="name in logs and fleet; default: the role and a random number", max_length=limits.MAX_WORKER_ID_CHARS
@@ -195,6 +244,11 @@ class WorkerSettings(ServiceSettings):
     @model_validator(mode="after")
     def _relations(self) -> WorkerSettings:
         _require_loopback(self, status_host=self.status_host, tcp_host=self.tcp_host, metrics_host=self.metrics_host)
+        remote = [address for address in self.routers if address.rpartition(":")[0].strip("[]") not in LOOPBACK]
+        if remote and not self.has_fleet_tls and not self.insecure:
+            raise ValueError(
+                f"router {remote[0]} is reached in clear text: give --fleet-tls-cert, --fleet-tls-key and --fleet-tls-ca, or --insecure"
+            )
         if self.ucx_devices != "lo" and not self.insecure:
             raise ValueError(f"ucx_devices {self.ucx_devices} carries KV in clear text between hosts: use lo, or --insecure")
         if self.role == "prefill" and self.drain_grace_s is not None and self.drain_grace_s <= limits.HOLD_S:
@@ -226,9 +280,13 @@ class WorkerSettings(ServiceSettings):
 
     @property
     def grace_s(self) -> float:
+        return self.grace_of(self.role)
+
+    def grace_of(self, role: str) -> float:
+        """Of a worker that has this role when it is told to end."""
         if self.drain_grace_s is not None:
             return self.drain_grace_s
-        return 35.0 if self.role == "prefill" else 60.0
+        return 35.0 if role == "prefill" else 60.0
 
 
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -249,20 +307,6 @@ def exit_with(error: ConfigError) -> int:
     """Prints the one line; the exit code."""
     print(f"splitfire: {error}", file=sys.stderr)  # noqa: T201
     return 2
-
-
-def read_secret(path: Path) -> bytes:
-    """A secret from a file that nobody else can read; a newline at its end is not part of it."""
-    try:
-        mode = path.stat().st_mode
-        secret = path.read_bytes().removesuffix(b"\n").removesuffix(b"\r")
-    except OSError as exc:
-        raise ConfigError(f"secret file {path}: {exc.strerror or exc}") from exc
-    if mode & 0o077:
-        raise ConfigError(f"secret file {path}: others can read it; chmod 600 {path}")
-    if not 16 <= len(secret) <= 4096 or not all(0x21 <= byte <= 0x7E for byte in secret):
-        raise ConfigError(f"secret file {path}: accepted: 16 to 4096 printable ASCII characters without spaces, in one line")
-    return secret
 
 
 def _one_line(exc: ValidationError) -> str:
@@ -295,7 +339,8 @@ PARENT_VARIABLE = ENV_PREFIX + "PARENT"
 # What only the command line tool reads (splitfire/cli): the twins of its own flags.
 _CLI_FLAGS = (
     *("PREFILL", "DECODE", "AGGREGATED", "PREFILL_CPUS", "DECODE_CPUS", "SERVER", "TIMEOUT", "DEMO_PROMPT", "DEMO_TOKENS"),
-    *("MAX_TOKENS", "TEMPERATURE", "TOP_P", "TOP_K", "SEED", "STOP", "TRACE", "JSON", "PREDICTED"),
+    *("ROUTERS", "MAX_TOKENS", "TEMPERATURE", "TOP_P", "TOP_K", "SEED", "STOP", "TRACE", "JSON", "PREDICTED"),
+    *("API_KEY_FILE", "TLS_CA"),
 )
 CLI_VARIABLES = {PARENT_VARIABLE, *(ENV_PREFIX + name for name in _CLI_FLAGS)}
 

@@ -56,6 +56,10 @@ class Telemetry:
             self._provider.add_span_processor(BatchSpanProcessor(PerfettoExporter(trace_file, service), schedule_delay_millis=200))
         self._tracer = self._provider.get_tracer("splitfire")
 
+    @property
+    def is_on(self) -> bool:
+        return self._provider is not None
+
     def begin_request(self, traceparent: str, began: float) -> RequestTrace:
         """The root span of a request, under the client's own context if it sent one."""
         if self._provider is None:

@@ -55,6 +55,9 @@ class RoleService(Protocol):
     def cancel(self, replies: Replies, attempt: int | None, choice: int | None = None) -> None:
         """Ends one attempt of a router, or (None) all of them; of one with several choices this one, or (None) all. No reply is owed."""
 
+    def give_back(self, replies: Replies, error: SplitfireError, *, only_waiting: bool) -> None:
+        """Ends a router's jobs with `error`, all of them or those that have not begun: others may take them."""
+
     def fail(self, seq_id: SeqId, error: SplitfireError) -> None:
         """Ends one job with `error`: what it holds is given back, the router is told."""
 

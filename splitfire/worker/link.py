@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 import structlog
@@ -18,20 +19,22 @@ import structlog
 from splitfire.core import limits
 from splitfire.core.errors import Mismatch
 from splitfire.v1 import fleet_pb2, fleet_pb2_grpc
+from splitfire.worker.channels import dial_in_clear_text
 
 log = structlog.get_logger("worker")
 AttachCall: TypeAlias = "grpc.aio.StreamStreamCall[fleet_pb2.AttachRequest, fleet_pb2.AttachResponse]"
+ReportCall: TypeAlias = "grpc.aio.StreamStreamCall[fleet_pb2.ReportRequest, fleet_pb2.ReportResponse]"
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
-CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", int(limits.KEEPALIVE_TIME_S * 1000)),
-    ("grpc.keepalive_timeout_ms", int(limits.KEEPALIVE_TIMEOUT_S * 1000)),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_receive_message_length", limits.MAX_FLEET_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", limits.MAX_FLEET_MESSAGE_BYTES),
-    ("grpc.use_local_subchannel_pool", 1),
-)
 FIRST_RETRY_S, MAX_RETRY_S = 0.1, 2.0
+
+
+class Reports(Protocol):
+    """Load, measured pairs and the prefix cache, as one router is told of them."""
+
+    def messages(self) -> AsyncIterator[fleet_pb2.ReportRequest]: ...
+
+    def resync(self) -> None:
+        """The router lost count of what the prefix cache holds."""
 
 
 class WorkerSide(Protocol):
@@ -46,17 +49,17 @@ class WorkerSide(Protocol):
     def on_lost(self, link: RouterLink) -> None:
         """The stream broke: the attempts of this router are over."""
 
-    async def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
-        """Load and measured pairs, for as long as the stream is open."""
-        yield fleet_pb2.ReportRequest()
+    def reports(self, link: RouterLink) -> AbstractContextManager[Reports]:
+        """What is reported to this router, for as long as the stream is open."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkOptions:
-    """One router and the credential it wants."""
+    """One router, the credential it wants, and how it is dialled."""
 
     address: str
     token: bytes | None = None
+    dial: Callable[[str], grpc.aio.Channel] = dial_in_clear_text
 
 
 class RouterLink:
@@ -65,6 +68,8 @@ class RouterLink:
     def __init__(self, options: LinkOptions, worker: WorkerSide, on_refused: Callable[[Mismatch], None]) -> None:
         self.options = options
         self.is_attached = False
+        self.router_id = ""  # of the process that is or was attached to
+        self._last_failure: str | None = None
         self._worker = worker
         self._on_refused = on_refused
         self._outputs: dict[tuple[int, int], fleet_pb2.SequenceOutput] = {}  # by attempt and choice
@@ -72,6 +77,7 @@ class RouterLink:
         self._has_frames = asyncio.Event()
         self._is_flushed = asyncio.Event()
         self._is_flushed.set()
+        self._must_end = asyncio.Event()
 
     # -- Replies
 
@@ -103,7 +109,13 @@ class RouterLink:
     async def flush(self) -> None:
         """Until everything said so far was handed to the stream, or there is none."""
         if self.is_attached:
+            if self._outputs or self._ends:
+                self._is_flushed.clear()
             await self._is_flushed.wait()
+
+    def attach_again(self) -> None:
+        """Ends the streams; the next hello says what has changed."""
+        self._must_end.set()
 
     async def run(self) -> None:
         """Stays attached until cancelled. Retries with jitter; a mismatch is final."""
@@ -116,11 +128,14 @@ class RouterLink:
                 if exc.code() in (
                     grpc.StatusCode.FAILED_PRECONDITION,
                     grpc.StatusCode.UNAUTHENTICATED,
+                    grpc.StatusCode.PERMISSION_DENIED,
                     grpc.StatusCode.INVALID_ARGUMENT,
                 ):
                     self._on_refused(Mismatch(exc.details() or "refused", reason="refused"))
                     return
-                log.debug("router not reached", router=self.options.address, code=exc.code().name)
+                say = log.debug if exc.details() == self._last_failure else log.warning  # once for each reason
+                self._last_failure = exc.details()
+                say("router not reached", router=self.options.address, code=exc.code().name, detail=exc.details())
             except TimeoutError:
                 log.warning("router does not answer", router=self.options.address)
             await asyncio.sleep(delay * random.uniform(0.5, 1.5))
@@ -129,16 +144,17 @@ class RouterLink:
     async def _attach_once(self) -> bool:
         """Whether the worker was attached; it no longer is."""
         metadata = (("authorization", f"Bearer {self.options.token.decode()}"),) if self.options.token else ()
-        async with grpc.aio.insecure_channel(self.options.address, options=CHANNEL_OPTIONS) as channel:
+        async with self.options.dial(self.options.address) as channel:
             stub = fleet_pb2_grpc.FleetStub(channel)
             call = stub.Attach(metadata=metadata)
             try:
+                self._must_end.clear()
                 await call.write(fleet_pb2.AttachRequest(hello=self._worker.hello()))
                 async with asyncio.timeout(limits.HELLO_TIMEOUT_S):
                     frame = await call.read()
                 if not isinstance(frame, fleet_pb2.AttachResponse) or not frame.HasField("welcome"):
                     return False  # the router ended the stream; with an error, read has raised it
-                self.is_attached = True
+                self.is_attached, self.router_id = True, frame.welcome.router_id
                 self._worker.on_attached(self)
                 log.info("attached", router=self.options.address, router_id=frame.welcome.router_id)
                 await self._serve(stub, call, metadata)
@@ -153,9 +169,12 @@ class RouterLink:
                     log.info("detached", router=self.options.address)
 
     async def _serve(self, stub: fleet_pb2_grpc.FleetAsyncStub, call: AttachCall, metadata: Metadata) -> None:
-        """Until the router ends one of the two streams, or one breaks."""
+        """Until the router ends one of the two streams, or one breaks, or the worker attaches again."""
         parts = (("read", self._read(call)), ("write", self._write(call)), ("report", self._report(stub, metadata)))
-        tasks = [asyncio.create_task(part, name=f"link-{name}-{self.options.address}") for name, part in parts]
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(part, name=f"link-{name}-{self.options.address}") for name, part in parts
+        ]
+        tasks.append(asyncio.create_task(self._must_end.wait(), name=f"link-end-{self.options.address}"))
         try:
             ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -194,8 +213,19 @@ class RouterLink:
 
     async def _report(self, stub: fleet_pb2_grpc.FleetAsyncStub, metadata: Metadata) -> None:
         call = stub.Report(metadata=metadata)
-        try:
-            async for report in self._worker.reports():
-                await call.write(report)
-        finally:
-            call.cancel()
+        with self._worker.reports(self) as reports:
+            listening = asyncio.create_task(_listen(call, reports), name=f"link-resync-{self.options.address}")
+            try:
+                async for report in reports.messages():
+                    await call.write(report)
+            finally:
+                listening.cancel()
+                call.cancel()
+                await asyncio.gather(listening, return_exceptions=True)
+
+
+async def _listen(call: ReportCall, reports: Reports) -> None:
+    """Until the stream is over, which the next write finds out."""
+    while isinstance(answer := await call.read(), fleet_pb2.ReportResponse):
+        if answer.resync:
+            reports.resync()

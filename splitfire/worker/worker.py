@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import ParamSpec
 
@@ -22,31 +22,34 @@ from kvtransfer.transport import Transport
 from splitfire.core.errors import Exhausted, Internal, Mismatch, SplitfireError, Unavailable
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from splitfire.core.machine import facts_to_wire
-from splitfire.core.settings import WorkerSettings, read_secret
+from splitfire.core.secret_files import read_secret
+from splitfire.core.settings import WorkerSettings
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.wire import fingerprint_to_wire, grammar_from_wire, layout_to_wire
 from splitfire.engine.parallel.followers import RankLost
 from splitfire.engine.sequence import SeqId
 from splitfire.engine.updates import StepResult
-from splitfire.v1 import fleet_pb2, inference_pb2
+from splitfire.v1 import fleet_pb2
+from splitfire.worker.channels import Dialler
 from splitfire.worker.context import GeneratingService, RoleService, SendingService, WorkerContext
 from splitfire.worker.grammars import GrammarDesk
 from splitfire.worker.health import HealthPort
 from splitfire.worker.host import EngineHost
 from splitfire.worker.job import Job, JobLimits, Replies, handoff_from_wire, make_job, peer_address, refusal
 from splitfire.worker.link import LinkOptions, RouterLink
-from splitfire.worker.load import LoadReporter, host_id
+from splitfire.worker.load import LoadReporter, OpenJobs, ReportStream, host_id
 from splitfire.worker.loading import LoadedModel
 from splitfire.worker.machine import copy_rate, machine_facts
 from splitfire.worker.pairs import PairMeasurer
+from splitfire.worker.role_change import RoleChanger
 from splitfire.worker.roster import Roster
+from splitfire.worker.routers import Routers
 
 log = structlog.get_logger("worker")
 WATCH_EVERY_S = 0.5
 SHUTDOWN_S = 3.0  # for saying goodbye; the process ends whatever happens
 P = ParamSpec("P")
 STUCK_S = 60.0  # a step that takes longer than this means the engine is lost, not slow
-ROLES = {"prefill": inference_pb2.ROLE_PREFILL, "decode": inference_pb2.ROLE_DECODE}
 
 
 class Worker:
@@ -89,9 +92,17 @@ class Worker:
             transport.name,
         )
         token = read_secret(settings.fleet_token_file) if settings.fleet_token_file else None
-        self._links = [RouterLink(LinkOptions(address, token), self, self._on_refused) for address in settings.routers]
+        dial = Dialler(settings).dial
+        self._routers = Routers(
+            settings.routers, lambda address: RouterLink(LinkOptions(address, token, dial), self, self._on_refused)
+        )
+        self._role = RoleChanger(settings.role, self, self._routers, (self._prefill, self._decode))
+        self._changing: asyncio.Task[None] | None = None
         self._health = HealthPort(settings.status_host, settings.status_port)
-        self._reporter = LoadReporter(loaded.engine, self.agent, lambda: self._is_draining)
+        self._open_jobs = OpenJobs(self._is_open, loaded.engine.num_missing)
+        self._reporter = LoadReporter(
+            loaded.engine, self.agent, self._open_jobs, lambda: self._is_draining or self._role.is_changing
+        )
         self._measurer = PairMeasurer(self.agent, copy_rate(slot_bytes), self._reporter.add_pair)
         self._roster = Roster(time.monotonic)
         self._is_draining = False
@@ -121,15 +132,14 @@ class Worker:
             metrics_port=metrics_port,
             blocks=self._limits.num_blocks,
         )
-        tasks = [asyncio.create_task(link.run(), name=f"link-{link.options.address}") for link in self._links]
-        tasks.append(asyncio.create_task(self._watch(), name="watch"))
+        tasks = [asyncio.create_task(self._routers.run(), name="routers"), asyncio.create_task(self._watch(), name="watch")]
         for task in tasks:
             task.add_done_callback(self._on_task_done)
         await self._exit.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_S):
-                await asyncio.gather(*(link.flush() for link in self._links))
-        for task in tasks:
+                await self._routers.flush()
+        for task in (*tasks, *filter(None, [self._changing])):
             task.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_S):
@@ -160,8 +170,9 @@ class Worker:
             return
         self._is_draining = True
         self._changed.set()
-        log.info("draining", jobs=self._num_jobs, grace_s=self.settings.grace_s)
-        asyncio.get_running_loop().call_later(self.settings.grace_s, self._stop, 0)
+        grace_s = self.settings.grace_of(self._role.role)
+        log.info("draining", jobs=self._num_jobs, grace_s=grace_s)
+        asyncio.get_running_loop().call_later(grace_s, self._stop, 0)
         self._reporter.report_now()
 
     # -- WorkerSide
@@ -171,7 +182,7 @@ class Worker:
         return fleet_pb2.Hello(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
-            role=ROLES[self.settings.role],
+            role=self._role.wire_role,
             version=fleet_pb2.ProtocolVersion(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR),
             fingerprint=fingerprint_to_wire(loaded.fingerprint),
             kv_format=layout_to_wire(loaded.layout),
@@ -184,6 +195,8 @@ class Worker:
             ),
             host=host_id(),
             machine=facts_to_wire(machine_facts(transport)),
+            sends_cache_events=True,
+            has_no_prefix_cache=not self.settings.prefix_cache,
         )
 
     def on_frame(self, link: RouterLink, frame: fleet_pb2.AttachResponse) -> None:
@@ -207,8 +220,11 @@ class Worker:
             self._measurer.measure(frame.measure.peer_incarnation)
         elif kind == "drain" and not self._is_draining:
             self.drain()
+        elif kind == "change_role":
+            self._change_role(frame.change_role)
 
     def on_attached(self, link: RouterLink) -> None:
+        self._routers.attached(link)
         self._changed.set()
 
     def on_lost(self, link: RouterLink) -> None:
@@ -217,8 +233,17 @@ class Worker:
         for place in (self._grammars, self._prefill, self._decode):
             place.cancel(link, None)
 
-    def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
-        return self._reporter.reports()
+    def reports(self, link: RouterLink) -> contextlib.AbstractContextManager[ReportStream]:
+        return self._reporter.stream(link)
+
+    # -- WorkerInside
+
+    @property
+    def num_busy(self) -> int:
+        return self._num_jobs + self.agent.num_open
+
+    def report_now(self) -> None:
+        self._reporter.report_now()
 
     # -- inside
 
@@ -230,6 +255,7 @@ class Worker:
         with _refusing(link, submit.attempt):
             if self._is_draining:
                 raise Unavailable("the worker is draining", reason="draining")
+            self._role.refuse()
             if self._num_jobs >= 2 * self.settings.max_running:
                 raise Exhausted(
                     f"the worker has {self._num_jobs} requests, limit {2 * self.settings.max_running}", reason="queue_full"
@@ -242,8 +268,13 @@ class Worker:
 
     def _take(self, job: Job) -> None:
         with _refusing(job.replies, job.attempt):
+            self._role.refuse()  # it may have begun to change while a grammar was built
             service = self._prefill if job.part == fleet_pb2.PART_PREFILL else self._decode
             service.submit(job)
+            self._open_jobs.add(job)
+
+    def _is_open(self, seq_id: SeqId) -> bool:
+        return self._prefill.owns(seq_id) or self._decode.owns(seq_id)
 
     def _redirect(self, link: RouterLink, redirect: fleet_pb2.Redirect) -> None:
         try:
@@ -254,6 +285,7 @@ class Worker:
             link.refused(refusal(redirect.attempt, exc, is_retryable=exc.is_retryable))
 
     def _on_started(self, ids: tuple[SeqId, ...]) -> None:
+        self._open_jobs.begun(ids)
         for seq_id in ids:
             for service in (self._prefill, self._decode):
                 if service.owns(seq_id):
@@ -262,6 +294,7 @@ class Worker:
 
     def _on_step(self, result: StepResult) -> None:
         has_ended = False
+        self._reporter.cache_may_have_changed()
         for seq_id, offset, token_id in result.plain:
             self._guarded(self._decode, seq_id, self._decode.on_token, seq_id, offset, token_id)
         for update in result.events:
@@ -291,9 +324,14 @@ class Worker:
         except SplitfireError as exc:
             log.warning("cannot exchange KV", peer=peer.worker_id, reason=str(exc))
             return
-        if self.settings.role == "prefill":
+        if self._role.role == "prefill":
             self._measurer.meet(address, is_same_host=peer.host == host_id())
             self._reporter.repeat_pair(address.incarnation)
+
+    def _change_role(self, change: fleet_pb2.ChangeRole) -> None:
+        if not self._is_draining and self._role.begin(change.role, change.grace_s):
+            self._changing = asyncio.create_task(self._role.run(change.grace_s), name="role-change")
+            self._changing.add_done_callback(self._on_task_done)
 
     def _part(self, incarnation: bytes) -> None:
         self._measurer.part(incarnation)
@@ -307,7 +345,7 @@ class Worker:
                 async with asyncio.timeout(WATCH_EVERY_S):
                     await self._changed.wait()
             self._changed.clear()
-            await self._health.set_serving(not self._is_draining and any(link.is_attached for link in self._links))
+            await self._health.set_serving(not self._is_draining and self._routers.is_attached)
             if self.agent.is_worn_out and not self._is_draining:
                 log.error("too many transfers were lost with their peers; a fresh start is needed")
                 self.drain()

@@ -12,6 +12,7 @@ import pytest
 
 from splitfire.core import limits
 from splitfire.core.errors import ConfigError
+from splitfire.core.secret_files import read_secret
 from splitfire.core.settings import (
     RouterSettings,
     WorkerSettings,
@@ -20,7 +21,6 @@ from splitfire.core.settings import (
     parse_bytes,
     parse_cpus,
     parse_settings,
-    read_secret,
 )
 from tests.checkpoints import PICO
 
@@ -83,6 +83,37 @@ def test_flags_and_environment_mean_the_same(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_a_wrong_worker_setting_is_named(flags: list[str], says: str) -> None:
     assert says in refusal(WorkerSettings, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--max-queued=-1"], "max_queued"),  # B107
+        (["--max-queued=1e9"], "max_queued"),
+        (["--max-queued-s=nan"], "max_queued_s"),
+        (["--max-queued-s=0"], "max_queued_s"),
+        (["--max-queued-s=1e999"], "max_queued_s"),  # and above the longest deadline, B108
+        (["--max-queued-s=10min"], "max_queued_s"),
+        (["--router-grace-s=-inf"], "router_grace_s"),
+        (["--ttft-target-s=nan"], "ttft_target_s"),
+        (["--max-requests=0"], "max_requests"),
+        (["--port=70000"], "port"),
+        (["--worker-port=-1"], "worker_port"),
+        (["--split=sometimes"], "'always', 'auto' or 'never'"),
+        (["--placement=best"], "'cost', 'round_robin'"),
+        (["--max-context=8"], "max_context"),
+        (["--canary=maybe"], "canary"),
+        (["--maxqueued=5"], "did you mean --max-queued"),  # B106
+        (["positional"], "unknown flag positional"),
+    ],
+)
+def test_a_wrong_router_setting_is_named(flags: list[str], says: str) -> None:
+    assert says in refusal(RouterSettings, *flags)
+
+
+def test_a_setting_given_twice_counts_once() -> None:
+    """B109: the last flag; a variable of another setting has no say."""
+    assert parse_settings(RouterSettings, ["--max-queued=5", "--max-queued=7"], prog="router").max_queued == 7
 
 
 def test_a_misspelt_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +276,17 @@ def test_an_environment_that_cannot_carry_a_service_is_refused(module: str) -> N
     few = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=60, check=False)
     assert few.returncode == 2
     assert "needs 1024" in few.stderr
+
+
+def test_a_fleet_without_a_place_for_its_logs_says_what_to_do() -> None:
+    """B117: no directory for temporary files that can be written."""
+    ended = subprocess.run(
+        [sys.executable, "-c", "import tempfile; tempfile.tempdir = '/proc/nowhere'; from splitfire.cli.__main__ import main; main()", "up"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "set TMPDIR to one that can be written" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_an_odd_locale_and_time_zone_do_not_matter() -> None:

@@ -23,15 +23,14 @@ from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import _FRAME, parse_frame, slot_bytes_for
 from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from prefill_svc.service import PrefillService
-from router.admission import Admission, AdmissionLimits
+from router.admission import AdmissionLimits
 from router.choice import Choice, RequestPlan
-from router.fleet import Fleet, WorkerHandle
-from router.flow import Flow
-from router.placement import Placement, Split
+from router.placement import Rules
+from router.views import Split
+from router.worker_handle import WorkerHandle
 from splitfire.core.errors import SplitfireError
 from splitfire.core.fingerprint import Fingerprint
 from splitfire.core.layout import KvLayout
-from splitfire.core.model_dir import ModelDir
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.wire import layout_to_wire
@@ -46,10 +45,10 @@ from splitfire.engine.scheduler import Budget, Slice, Step
 from splitfire.engine.sequence import SeqId, SequenceSpec
 from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2
+from splitfire.worker.cache_feed import CacheFeeds
 from splitfire.worker.context import RoleService, WorkerContext
 from splitfire.worker.job import JobLimits, handoff_from_wire, make_job, peer_address, refusal
-from tests.checkpoints import PICO
-from tests.router.fakes import fingerprint, make_hello
+from tests.router.fakes import fingerprint, make_hello, make_inside
 
 LAYOUT = KvLayout("fp32", num_layers=1, num_kv_heads=1, head_dim=4, block_size=8)
 VOCAB = 4096
@@ -93,6 +92,7 @@ class Net:
         self.is_cut: Callable[[bytes, bytes], bool] = lambda source, target: False
         self.damage: Callable[[memoryview], None] = lambda message: None
         self.fails: Callable[[], bool] = lambda: False  # whether a payload's send ends in an error
+        self.loses_report: Callable[[], bool] = lambda: False  # whether a cache event does not arrive
         self.on_event: Callable[[], None] = lambda: None
         self.delay_s = 0.001
         self._last: dict[tuple[bytes, bytes], float] = {}
@@ -282,7 +282,12 @@ class SimHost:
         engine.on_started = worker.on_started
 
     def add(self, spec: SequenceSpec) -> None:
-        self._command(lambda: self.engine.add(spec))
+        def begin() -> None:
+            self.engine.add(spec)
+            if self._worker.sim.is_poison(spec):  # whoever computes it dies a step later
+                asyncio.get_running_loop().call_later(self.step_s, self._worker.sim.kill, self._worker.name)
+
+        self._command(begin)
 
     def join(self, reservation: Reservation, first_tokens: Mapping[SeqId, int]) -> None:
         self._command(lambda: self.engine.join(reservation, first_tokens))
@@ -359,6 +364,7 @@ class SimWorker:
         hello.transports[0].address = self.transport.address
         hello.capacity.total_blocks, hello.capacity.max_running = plan.num_blocks, plan.max_running
         hello.capacity.chunk_tokens = plan.chunk_tokens
+        hello.sends_cache_events = True
         self.handle = WorkerHandle(hello, reported_at=clock())
         sim.fleet.add(self.handle)
         self._reader = asyncio.create_task(self._read())
@@ -398,12 +404,25 @@ class SimWorker:
         self.sim.net.later(self.transport.address, b"router", arrive, in_order=True)
 
     async def _report(self) -> None:
+        """Load, and what the prefix cache got and lost; of the latter `net.loses_report` may take some. No rates: steps take no time for
+        the engine itself."""
+        self.feed = feed = CacheFeeds(self.host.engine).open()
         while True:
             load = self.host.engine.load()
-            report = fleet_pb2.Load(total_blocks=load.total_blocks, free_blocks=load.available_blocks)
-            message = fleet_pb2.ReportRequest(incarnation=self.incarnation, load=report)
+            report = fleet_pb2.Load(
+                total_blocks=load.total_blocks,
+                free_blocks=load.available_blocks,
+                reserved_blocks=load.reserved_blocks,
+                running_sequences=load.running,
+                queued_tokens=load.queued_tokens,
+                cached_blocks=load.cached_blocks,
+            )
             if self.transport.address not in self.sim.net.frozen and self.handle in self.sim.fleet.workers:
-                self.sim.fleet.on_report(message)
+                self.sim.fleet.on_report(fleet_pb2.ReportRequest(incarnation=self.incarnation, load=report))
+                for events in feed.messages(asyncio.get_running_loop().time()):
+                    message = fleet_pb2.ReportRequest(incarnation=self.incarnation, cache_events=events)
+                    if not self.sim.net.loses_report() and not self.sim.fleet.on_report(message):
+                        feed.resync()
             await asyncio.sleep(0.25)
 
     # -- down
@@ -487,6 +506,7 @@ class Simulation:
     split: Split = "always"
     in_place: bool = True  # prefill workers write into decode's slots where they lie
     violations: list[str] = field(default_factory=list)
+    is_poison: Callable[[SequenceSpec], bool] = lambda spec: False  # a prompt that kills who computes it
 
     def __post_init__(self) -> None:
         self.random = Random(self.seed)
@@ -494,9 +514,8 @@ class Simulation:
         self.net.violations = self.violations
         self.telemetry = Telemetry("sim", None)
         self.fingerprint: Fingerprint = replace(fingerprint(), block_size=LAYOUT.block_size)
-        self.fleet = Fleet(ModelDir(PICO), lambda: self.admission.pump())
-        self.admission: Admission[Placement] = Admission(AdmissionLimits(64, 256, 1 << 24, 60.0), asyncio.get_running_loop().time)
-        self.flow = Flow(self.fleet, self.admission, self.telemetry, self.split, VOCAB)
+        inside = make_inside(AdmissionLimits(64, 256, 1 << 24, 60.0, 60.0), Rules(self.split), self.random, VOCAB)
+        self.fleet, self.admission, self.flow = inside.fleet, inside.admission, inside.flow
         self.flow._random = self.random
         self.workers: dict[str, SimWorker] = {}
         self.asked: list[Asked] = []

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
 from typing import Any
 
-from router.fleet import Fleet, WorkerHandle
+from router.admission import Admission, AdmissionLimits
+from router.describe import Describer
+from router.fleet import Fleet
+from router.flow import Flow
+from router.placement import Rules
+from router.placing import Placing, Room
+from router.views import Scan
+from router.worker_handle import WorkerHandle
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, Fingerprint
 from splitfire.core.layout import KvLayout
 from splitfire.core.model_dir import ModelDir
+from splitfire.core.telemetry import Telemetry
 from splitfire.core.wire import fingerprint_to_wire, layout_to_wire
 from splitfire.v1 import fleet_pb2, inference_pb2
 from tests.checkpoints import PICO
@@ -41,6 +52,30 @@ def make_hello(kind: str = "decode", name: str = "", **changes: Any) -> fleet_pb
             target = getattr(target, part)
         setattr(target, last, value)
     return hello
+
+
+@dataclass
+class Inside:
+    """What stands between a router's two ports."""
+
+    fleet: Fleet
+    admission: Admission[Scan, Room]
+    placing: Placing
+    flow: Flow
+
+
+def make_inside(limits: AdmissionLimits, rules: Rules, random: Random | None = None, vocab_size: int = 4096) -> Inside:
+    """As RouterServer joins it; whatever changes is looked at at once."""
+    random = random or Random(secrets.randbits(64))
+    fleet = Fleet(ModelDir(PICO), lambda: admission.pump())
+    placing = Placing(fleet, rules, random)
+    admission: Admission[Scan, Room] = Admission(limits, lambda: time.monotonic(), placing.begin_scan, random)
+    return Inside(fleet, admission, placing, Flow(fleet, admission, placing, Telemetry("test", None), vocab_size))
+
+
+def describe(fleet: Fleet) -> inference_pb2.GetFleetResponse:
+    """What GetFleet answers."""
+    return Describer(fleet, Placing(fleet, Rules(), Random(0)), "cost", [])()
 
 
 class FakeWorker:

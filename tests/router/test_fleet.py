@@ -18,13 +18,15 @@ from grpc_status import rpc_status
 from router.fleet import Fleet
 from router.fleet_api import FleetService
 from router.hello import check_hello, clamp
-from router.placement import Demand, Placement, place
+from router.placement import Rules, place
+from router.views import Demand, Placement
+from router.worker_handle import PromptWork
 from splitfire.core.errors import InvalidInput
 from splitfire.core.fingerprint import PROTOCOL_MAJOR
 from splitfire.core.model_dir import ModelDir
 from splitfire.v1 import fleet_pb2, fleet_pb2_grpc, inference_pb2
 from tests.checkpoints import PICO
-from tests.router.fakes import FakeWorker, make_hello
+from tests.router.fakes import FakeWorker, describe, make_hello
 
 TOKEN = b"t" * 32
 BEARER = (("authorization", "Bearer " + TOKEN.decode()),)
@@ -98,7 +100,7 @@ class Lost:
 
     def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None: ...
 
-    def on_lost(self, incarnation: bytes) -> None:
+    def on_lost(self, incarnation: bytes, *, is_death: bool) -> None:
         self._lost.append(incarnation)
 
 
@@ -246,7 +248,7 @@ def test_who_attaches_again_takes_its_own_place(is_restart: bool) -> None:
             peer = await attach(at, make_hello("prefill", "p0"))
             assert (await next_frame(peer)).HasField("peer_up")
             [old] = [w for w in at.fleet.workers if not w.is_prefill]
-            at.fleet.begin(Placement(None, old.incarnation), 10, Lost(lost))
+            at.fleet.begin(Placement(None, old.incarnation), PromptWork(10, 0, 0.1), Lost(lost))
             again = make_hello("decode", "d0") if is_restart else hello
             call = await attach(at, again)
             assert lost == [old.incarnation]
@@ -308,7 +310,7 @@ def test_peers_are_introduced_and_told_when_one_goes() -> None:
             seen = await next_frame(prefill)
             assert seen.peer_up.peer.worker_id == "d0"
             assert (await next_frame(decode)).peer_up.peer.worker_id == "p0"
-            assert {w.worker_id for w in at.fleet.describe().workers} == {"p0", "d0"}
+            assert {w.worker_id for w in describe(at.fleet).workers} == {"p0", "d0"}
             decode.cancel()
             gone = await next_frame(prefill)
             assert gone.peer_gone.incarnation == seen.peer_up.peer.incarnation
@@ -354,21 +356,26 @@ def test_a_load_report_cannot_say_more_than_is_possible() -> None:
     assert not clamp(lie, 100)
 
 
+def _placed(fleet: Fleet, demand: Demand, seed: int) -> Placement | None:
+    decision = place(fleet.scan(), demand, Rules("never"), Random(seed))
+    return decision.placement if decision is not None else None
+
+
 def test_a_worker_that_lies_gets_work_only_when_there_is_nobody_else() -> None:
     """B58, B61: three reports that cannot be true, or one breach of the protocol."""
 
     async def scene() -> None:
         fleet = Fleet(ModelDir(PICO), lambda: None)
         liar, honest = FakeWorker(fleet, "decode", "d0"), FakeWorker(fleet, "decode", "d1")
-        demand = Demand(10, ends_with_first_token=False)
+        demand = Demand(10)
         for _ in range(3):
-            assert not any(view.is_suspect for view in fleet.snapshot())
+            assert not any(view.is_suspect for view in fleet.scan().workers)
             load = fleet_pb2.Load(free_blocks=10**6, total_blocks=100)
             fleet.on_report(fleet_pb2.ReportRequest(incarnation=liar.handle.incarnation, load=load))
-        placed = {place(fleet.snapshot(), demand, "never", Random(seed)) for seed in range(20)}
+        placed = {_placed(fleet, demand, seed) for seed in range(20)}
         assert placed == {Placement(None, honest.handle.incarnation)}
         fleet.strike(honest.handle.incarnation, "worker_protocol_error")
-        placed = {place(fleet.snapshot(), demand, "never", Random(seed)) for seed in range(40)}
+        placed = {_placed(fleet, demand, seed) for seed in range(40)}
         assert len(placed) == 2, "never the last of a role"
 
     play(scene())
@@ -381,7 +388,7 @@ def test_a_worker_that_does_not_read_its_stream_is_dropped() -> None:
         for _ in range(2000):
             worker.handle.send(cancel=fleet_pb2.Cancel(attempt=1))
         assert worker.handle.is_gone.is_set()
-        assert not fleet.snapshot()[0].can_take
+        assert not fleet.scan().workers[0].can_take
 
     play(scene())
 
@@ -392,8 +399,8 @@ def test_draining_workers_get_no_new_work() -> None:
         worker = FakeWorker(fleet, "decode")
         report = fleet_pb2.ReportRequest(incarnation=worker.handle.incarnation, load=fleet_pb2.Load(is_draining=True))
         fleet.on_report(report)
-        assert not fleet.snapshot()[0].can_take
-        assert fleet.describe().workers[0].is_draining
-        assert fleet.describe().workers[0].role == inference_pb2.ROLE_DECODE
+        assert not fleet.scan().workers[0].can_take
+        assert describe(fleet).workers[0].is_draining
+        assert describe(fleet).workers[0].role == inference_pb2.ROLE_DECODE
 
     play(scene())

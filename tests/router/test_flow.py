@@ -9,23 +9,22 @@ from collections.abc import Callable, Coroutine
 import pytest
 from tokenizers import Tokenizer
 
-from router.admission import Admission, AdmissionLimits
+from router.admission import AdmissionLimits
 from router.choice import Choice, RequestPlan
-from router.fleet import Fleet
-from router.flow import Flow
-from router.placement import Placement, Split
+from router.detokenizer import Detokenizer
+from router.placement import Rules
 from router.stream import ChoiceStream, summary_of
 from router.text import TextStream
+from router.views import Split
 from splitfire.core import limits
 from splitfire.core.errors import Code, DataLoss, SplitfireError
 from splitfire.core.hashing import chain_root, hash_blocks
 from splitfire.core.lifecycle import Req
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.sampling import SamplingParams, StopParams
-from splitfire.core.telemetry import Telemetry
 from splitfire.v1 import fleet_pb2, inference_pb2
 from tests.checkpoints import PICO
-from tests.router.fakes import FakeWorker, fingerprint
+from tests.router.fakes import FakeWorker, fingerprint, make_inside
 
 STOP, LENGTH = inference_pb2.FINISH_REASON_STOP, inference_pb2.FINISH_REASON_LENGTH
 PROMPT = tuple(range(100, 170))
@@ -35,9 +34,8 @@ class Desk:
     """A flow over fake workers."""
 
     def __init__(self, prefills: int = 1, decodes: int = 1, split: Split = "auto") -> None:
-        self.fleet = Fleet(ModelDir(PICO), lambda: self.admission.pump())
-        self.admission: Admission[Placement] = Admission(AdmissionLimits(10, 10, 10**6, 60.0), time.monotonic)
-        self.flow = Flow(self.fleet, self.admission, Telemetry("test", None), split, vocab_size=4096)
+        inside = make_inside(AdmissionLimits(10, 10, 10**6, 60.0, 60.0), Rules(split))
+        self.fleet, self.admission, self.flow = inside.fleet, inside.admission, inside.flow
         self.prefills = [FakeWorker(self.fleet, "prefill", f"p{i}") for i in range(prefills)]
         self.decodes = [FakeWorker(self.fleet, "decode", f"d{i}") for i in range(decodes)]
 
@@ -48,10 +46,11 @@ class Desk:
         stop: frozenset[int] = frozenset(),
         logprobs: int | None = None,
         predicted: tuple[int, ...] = (),
+        prompt: tuple[int, ...] = PROMPT,
     ) -> Asked:
         now = time.monotonic()
         sampling = SamplingParams(seed=3, logprobs=logprobs)
-        plan = RequestPlan("r", PROMPT, sampling, StopParams(max_tokens, 0, stop), 2, "", "", now, now + timeout, predicted)
+        plan = RequestPlan("r", prompt, sampling, StopParams(max_tokens, 0, stop), 2, "", "", now, now + timeout, predicted)
         choice = Choice(plan, 0, asyncio.Event())
         return Asked(choice, asyncio.create_task(self.flow.run(choice)))
 
@@ -62,9 +61,9 @@ class Desk:
         first = self.flow.first_attempt(choices)
         return [Asked(choice, asyncio.create_task(self.flow.run(choice, first))) for choice in choices]
 
-    def report_free(self, free_blocks: int) -> None:
+    def report_free(self, free_blocks: int, prefill_tokens_per_s: float = 0.0) -> None:
         for worker in self.decodes:
-            load = fleet_pb2.Load(total_blocks=100, free_blocks=free_blocks)
+            load = fleet_pb2.Load(total_blocks=100, free_blocks=free_blocks, prefill_tokens_per_s=prefill_tokens_per_s)
             self.fleet.on_report(fleet_pb2.ReportRequest(incarnation=worker.handle.incarnation, load=load))
 
     async def ask_and_place(self) -> Asked:
@@ -79,7 +78,7 @@ class Desk:
     def assert_nothing_left(self) -> None:
         for worker in (*self.prefills, *self.decodes):
             assert not worker.handle.attempts
-            assert not worker.handle.waiting_tokens
+            assert not worker.handle.prompts
         assert self.admission.num_running == self.admission.num_queued == 0
 
 
@@ -259,7 +258,8 @@ def test_drafts_are_counted_over_all_attempts_and_never_above_what_was_delivered
         other.output(again.attempt, 3, [10, 11], drafted=3, accepted=1)
         other.finish(again.attempt, LENGTH)
         await asked.task
-        stream = ChoiceStream(asked.choice, TextStream(Tokenizer.from_file(str(ModelDir(PICO).tokenizer_path)), ()))
+        tokenizer = Tokenizer.from_file(str(ModelDir(PICO).tokenizer_path))
+        stream = ChoiceStream(asked.choice, TextStream(Detokenizer(tokenizer), ()))
         stream.take()
         usage = summary_of([asked.choice], [stream], 0.0, 0.0).usage
         assert (usage.draft_tokens, usage.accepted_draft_tokens, usage.generated_tokens) == (7, 2, 5)
@@ -749,11 +749,11 @@ def test_cancel_and_deadline_reach_both_workers(streamed: int) -> None:
 def test_requests_wait_at_the_router_until_somebody_has_room() -> None:
     async def scene() -> None:
         desk = Desk(prefills=0, decodes=1)
-        asked = [
-            desk.ask(max_tokens=1) for _ in range(6)
-        ]  # 70 tokens each, chunks of 256: the fifth would wait behind a full chunk
+        desk.report_free(100, prefill_tokens_per_s=280.0)
+        # A quarter of a second each, of which no two have a block in common: the third would wait for more than a chunk.
+        asked = [desk.ask(max_tokens=1, prompt=PROMPT[i:] + PROMPT[:i]) for i in range(6)]
         [d] = desk.decodes
-        await until(lambda: desk.admission.num_running == 4 and desk.admission.num_queued == 2)
+        await until(lambda: desk.admission.num_running == 2 and desk.admission.num_queued == 4)
         done = 0
         while done < 6:
             for submit in d.submits():
@@ -782,11 +782,12 @@ def test_a_request_that_nobody_can_ever_take_is_refused_at_once() -> None:
 def test_a_queue_wait_past_the_deadline_says_queue() -> None:
     async def scene() -> None:
         desk = Desk(prefills=0, decodes=1)
-        for _ in range(4):
-            desk.ask()
-        late = desk.ask(timeout=0.05)
+        desk.report_free(100, prefill_tokens_per_s=280.0)
+        for i in range(4):
+            desk.ask(prompt=PROMPT[i:] + PROMPT[:i])
+        late = desk.ask(timeout=0.05, prompt=PROMPT[5:] + PROMPT[:5])
         error = await late.refusal()
         assert (error.code, error.reason) == (Code.DEADLINE_EXCEEDED, "queue")
-        assert desk.admission.num_queued == 0
+        assert desk.admission.num_queued == 2
 
     play(scene())

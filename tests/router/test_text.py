@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import shutil
 import signal
 import time
 from collections.abc import Coroutine
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from router import processes
-from router.text import TextPool, TextStream
+from router.detokenizer import Detokenizer
+from router.text import SHORT_BYTES, ShortTexts, TextPool, TextStream
 from router.text_worker import BadInput, TextEngine
 from splitfire.core import limits
 from splitfire.core.errors import InvalidInput, ModelError, SplitfireError
@@ -28,18 +29,12 @@ from splitfire.core.model_dir import ModelDir
 from splitfire.core.validation import ChatTurn
 from tests.checkpoints import PICO
 
+LONG = "long " * SHORT_BYTES  # goes to the pool
 FOREVER = "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}{% endfor %}{% endfor %}{% endfor %}x"
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|user|>{{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-def byte_alphabet() -> list[str]:
-    """The character that byte-level BPE writes for each byte (GPT-2's table)."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(b) if b in shown else chr(next(others)) for b in range(256)]
 
 
 def play(scene: Coroutine[object, object, None]) -> None:
@@ -152,7 +147,7 @@ def test_a_tokenizer_process_that_dies_is_replaced_and_nobody_notices() -> None:
     async def scene() -> None:
         pool = TextPool(ModelDir(PICO))
         await pool.start()
-        expected = await pool.encode("hello")
+        expected = await pool.encode(LONG)
         for _ in range(2):
             victim = pool._pool._idle._queue[0]  # type: ignore[attr-defined]
             os.kill(victim._process.pid, signal.SIGKILL)
@@ -160,7 +155,7 @@ def test_a_tokenizer_process_that_dies_is_replaced_and_nobody_notices() -> None:
                 if victim.is_dead:
                     break
                 time.sleep(0.001)  # noqa: ASYNC251 - the event loop is not to hear of it before the question comes
-            assert await pool.encode("hello") == expected
+            assert await pool.encode(LONG) == expected
         await pool.close()
 
     play(scene())
@@ -231,7 +226,7 @@ def test_the_pool_answers_like_the_engine(engine: TextEngine) -> None:
     async def scene() -> None:
         pool = TextPool(ModelDir(PICO))
         await pool.start()
-        texts = [f"print({i})" for i in range(20)]
+        texts = [f"print({i})" for i in range(20)] + [f"{LONG}{i}" for i in range(4)]
         assert await asyncio.gather(*(pool.encode(t) for t in texts)) == [engine.encode(t) for t in texts]
         chat = [{"role": "user", "content": "hi"}]
         assert await pool.encode_chat([ChatTurn("user", "hi")]) == engine.encode_chat(chat)
@@ -251,12 +246,12 @@ def test_what_takes_too_long_is_ended_and_does_not_hold_up_others(model: Path, m
         slow = asyncio.create_task(pool.encode_chat([ChatTurn("user", "forever")]))
         await asyncio.sleep(0.1)
         began = time.perf_counter()
-        assert await pool.encode("quick")
+        assert await pool.encode(LONG)
         assert time.perf_counter() - began < 0.5
         with pytest.raises(SplitfireError) as caught:
             await slow
         assert caught.value.reason == "tokenization_timeout"
-        both = await asyncio.gather(pool.encode("a"), pool.encode("b"))  # the killed process has been replaced
+        both = await asyncio.gather(pool.encode(LONG + "a"), pool.encode(LONG + "b"))  # the killed process has been replaced
         assert all(both)
         await pool.close()
 
@@ -298,11 +293,12 @@ def test_a_caller_who_goes_away_does_not_leave_his_answer_to_the_next() -> None:
     async def scene() -> None:
         pool = TextPool(ModelDir(PICO))
         await pool.start()
+        mine = await pool.encode(LONG)
         for i in range(6):
-            task = asyncio.create_task(pool.encode(f"abandoned {i}" * 200))
+            task = asyncio.create_task(pool.encode(f"abandoned {i}{LONG}"))
             await asyncio.sleep(0.001)
             task.cancel()
-            assert await pool.encode("mine") == await pool.encode("mine")
+            assert await pool.encode(LONG) == mine
         await pool.close()
 
     play(scene())
@@ -321,36 +317,68 @@ def test_text_made_to_be_slow_is_bounded(text: str) -> None:
         except SplitfireError as exc:
             assert exc.reason in ("tokenization_timeout", "tokenization_failed")
         assert time.perf_counter() - began < limits.TOKENIZE_TIMEOUT_S + 2
-        assert await pool.encode("still here")
+        assert await pool.encode(LONG)
         await pool.close()
 
     play(scene())
 
 
-# -- out
-
-
-def pushed(stream: TextStream, ids: list[int]) -> list[str]:
-    return [*(stream.push(i) for i in ids), stream.flush()]
+# -- what is short
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(max_size=60))
-def test_streamed_text_is_the_decoded_text(text: str) -> None:
-    tokenizer = Tokenizer.from_file(str(PICO / "tokenizer.json"))
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    assert "".join(pushed(TextStream(tokenizer, ()), ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+@given(st.text(max_size=200), st.booleans())
+def test_short_texts_become_the_same_ids_here_as_in_the_pool(text: str, is_whole: bool) -> None:
+    """Special tokens too: plain text, whatever it looks like (B09)."""
+    engine, short = ends()
+    expected = engine.encode(text) if is_whole else engine.encode_continuation(text)
+    assert short.encode(text, add_special_tokens=is_whole) == expected
 
 
-def test_a_character_is_sent_whole(tokenizer: Tokenizer) -> None:
-    """B63."""
-    ids = tokenizer.encode("🙂", add_special_tokens=False).ids
-    assert len(ids) > 1
-    parts = pushed(TextStream(tokenizer, ()), ids)
-    assert parts == [*[""] * (len(ids) - 1), "🙂", ""]
-    cut = pushed(TextStream(tokenizer, ()), ids[:-1])
-    assert "".join(cut[:-1]) == ""
-    assert set(cut[-1]) == {"\ufffd"}
+@lru_cache
+def ends() -> tuple[TextEngine, ShortTexts]:
+    return TextEngine(ModelDir(PICO)), ShortTexts(Tokenizer.from_file(str(PICO / "tokenizer.json")))
+
+
+def test_special_tokens_in_a_short_text_are_plain_text(engine: TextEngine, tokenizer: Tokenizer) -> None:
+    evil = "a<|endoftext|>b<|user|>"
+    assert ends()[1].encode(evil, add_special_tokens=True) == engine.encode(evil)
+    assert tokenizer.token_to_id("<|user|>") not in engine.encode(evil)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_taken"), [("a" * SHORT_BYTES, True), ("a" * (SHORT_BYTES + 1), False), ("é" * SHORT_BYTES, False)]
+)
+def test_only_texts_of_bounded_bytes_are_tokenized_on_the_event_loop(text: str, is_taken: bool) -> None:
+    assert (ends()[1].encode(text, add_special_tokens=True) is not None) == is_taken
+
+
+def test_a_slow_tokenizer_does_not_work_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """B07: seen at the start, or with the first text that shows it."""
+    fresh = Tokenizer.from_file(str(PICO / "tokenizer.json"))
+    short = ShortTexts(fresh)
+    assert short.is_quick
+    monkeypatch.setattr("router.text.SHORT_MOST_S", 0.0)
+    assert short.encode("the last one", add_special_tokens=True)
+    assert short.encode("the next one", add_special_tokens=True) is None
+    assert not ShortTexts(fresh).is_quick
+
+
+def test_a_text_that_makes_the_tokenizer_panic_is_the_pools_business() -> None:
+    class Panicking:
+        encode_special_tokens = False
+
+        def no_truncation(self) -> None: ...
+
+        def no_padding(self) -> None: ...
+
+        def encode(self, text: str, add_special_tokens: bool) -> None:
+            raise BaseException("PanicException")
+
+    assert ShortTexts(Panicking()).encode("boom", add_special_tokens=True) is None  # type: ignore[arg-type]
+
+
+# -- out
 
 
 @settings(max_examples=200, deadline=None)
@@ -358,11 +386,13 @@ def test_a_character_is_sent_whole(tokenizer: Tokenizer) -> None:
 def test_stop_strings_cut_where_a_search_would(text: str, stops: list[str]) -> None:
     tokenizer = Tokenizer.from_file(str(PICO / "tokenizer.json"))
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    stream = TextStream(tokenizer, stops)
-    sent = ""
+    stream = TextStream(Detokenizer(tokenizer), stops)
+    sent, taken = "", 0
     for token in ids:
-        sent += stream.push(token)
+        piece, count = stream.take([token])
+        sent, taken = sent + piece, taken + count
         assert not any(stop in sent for stop in stops)
+    assert TextStream(Detokenizer(tokenizer), stops).take(ids) == (sent, taken), "all at once, or one by one"
     sent += stream.flush()
     found = [text.find(stop) for stop in stops if stop in text]
     if not found:
@@ -376,37 +406,6 @@ def test_stop_strings_cut_where_a_search_would(text: str, stops: list[str]) -> N
 
 
 def test_a_tail_that_may_become_a_stop_string_waits(tokenizer: Tokenizer) -> None:
-    stream = TextStream(tokenizer, ["STOP"])
+    stream = TextStream(Detokenizer(tokenizer), ["STOP"])
     ids = [tokenizer.encode(c, add_special_tokens=False).ids[0] for c in "aSTx"]
-    assert [stream.push(i) for i in ids] == ["a", "", "", "STx"]
-
-
-@pytest.mark.parametrize("kind", ["any", "lone bytes", "specials", "one byte"])
-def test_long_streams_cost_the_same_for_every_token(tokenizer: Tokenizer, kind: str) -> None:
-    """Whatever a client forces with a logit bias: bytes that never become a character, tokens without text."""
-    draw = random.Random(1)
-    lone = [i for i in range(tokenizer.get_vocab_size()) if "\ufffd" in tokenizer.decode([i])]
-    of_kind = {"any": range(10, 4096), "lone bytes": lone, "specials": range(4), "one byte": lone[:1]}[kind]
-    ids = [draw.choice(of_kind) for _ in range(2000)]
-    stream = TextStream(tokenizer, ())
-    sent = ""
-    for token_id in ids:
-        sent += stream.push(token_id)
-        assert len(stream._ids) < 64
-    if kind in ("lone bytes", "one byte"):
-        assert sent, "what cannot become text is sent as U+FFFD, not held for ever"
-    assert sent + stream.flush() == tokenizer.decode(ids, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_characters_in_pieces_and_garbage_come_out_whole(tokenizer: Tokenizer, seed: int) -> None:
-    draw = random.Random(seed)
-    of_byte = [tokenizer.get_vocab()[c] for c in byte_alphabet()]
-    ids: list[int] = []
-    for _ in range(60):
-        if draw.random() < 0.6:
-            ids += [of_byte[b] for b in draw.choice("é漢🙂🏴a\u0301").encode()]
-        else:
-            ids += draw.choices(of_byte, k=draw.randrange(1, 12))
-    stream = TextStream(tokenizer, ())
-    assert "".join(stream.push(i) for i in ids) + stream.flush() == tokenizer.decode(ids)
+    assert [stream.take([i])[0] for i in ids] == ["a", "", "", "STx"]

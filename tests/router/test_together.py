@@ -27,7 +27,7 @@ def test_one_submit_for_all_and_each_gets_its_own_tokens() -> None:
             assert (each.choice, list(each.more_choices)) == (0, [1, 2])
         assert submit.handoff.transfer_id == to_decode.handoff.transfer_id
         assert desk.admission.num_running == 3
-        views = {v.is_prefill: v.num_running for v in desk.fleet.snapshot()}
+        views = {v.is_prefill: v.num_running for v in desk.fleet.scan().workers}
         assert views == {True: 1, False: 3}
         for i in range(3):
             p.output(submit.attempt, 0, [10 + i], choice=i)

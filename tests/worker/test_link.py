@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import grpc
@@ -11,7 +12,8 @@ import pytest
 
 from splitfire.core.errors import Mismatch
 from splitfire.v1 import fleet_pb2, fleet_pb2_grpc
-from splitfire.worker.link import LinkOptions, RouterLink
+from splitfire.worker.link import LinkOptions, Reports, RouterLink
+from tests.rig import until
 
 End = Callable[[Any], Awaitable[None]]
 
@@ -38,6 +40,7 @@ class Side:
 
     def __init__(self) -> None:
         self.num_lost = 0
+        self.num_resyncs = 0
 
     def hello(self) -> fleet_pb2.Hello:
         return fleet_pb2.Hello(worker_id="w")
@@ -49,10 +52,16 @@ class Side:
     def on_lost(self, link: RouterLink) -> None:
         self.num_lost += 1
 
-    async def reports(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
+    def reports(self, link: RouterLink) -> AbstractContextManager[Reports]:
+        return nullcontext(self)
+
+    async def messages(self) -> AsyncIterator[fleet_pb2.ReportRequest]:
         while True:
             yield fleet_pb2.ReportRequest(incarnation=b"i" * 16)
             await asyncio.sleep(0.005)
+
+    def resync(self) -> None:
+        self.num_resyncs += 1
 
 
 async def never(_context: Any) -> None:
@@ -108,6 +117,30 @@ def test_a_stream_that_the_router_ends_is_dialled_again(end_attach: End, end_rep
         assert not task.done()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+        await server.stop(0)
+
+    asyncio.run(scene())
+
+
+def test_a_router_that_lost_count_of_cache_events_says_so_on_the_stream_they_came_on() -> None:
+    async def says_so(context: Any) -> None:
+        for resync in (True, False, True):
+            await context.read()
+            await context.write(fleet_pb2.ReportResponse(resync=resync))
+        await never(context)
+
+    async def scene() -> None:
+        side = Side()
+        server = grpc.aio.server()
+        fleet_pb2_grpc.add_FleetServicer_to_server(Router(never, says_so), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        task = asyncio.create_task(RouterLink(LinkOptions(f"127.0.0.1:{port}"), side, lambda _error: None).run())
+        await until(lambda: side.num_resyncs == 2, 20)
+        assert side.num_lost == 0
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("link-")]
         await server.stop(0)
 
     asyncio.run(scene())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -12,12 +12,16 @@ from typing import cast
 from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.memory import Hub
 from kvtransfer.peers import PeerAddress
+from splitfire.core.hashing import BlockHash
 from splitfire.engine.engine import Engine
 from splitfire.engine.updates import EngineLoad
-from splitfire.worker.load import LoadReporter
+from splitfire.worker.job import Replies
+from splitfire.worker.load import LoadReporter, OpenJobs
 from splitfire.worker.machine import copy_rate
 from splitfire.worker.pairs import PairMeasurer
 from splitfire.worker.tally import HandoffTally
+
+ROUTER = cast(Replies, object())
 
 
 class Idle:
@@ -25,6 +29,12 @@ class Idle:
 
     def load(self) -> EngineLoad:
         return EngineLoad(10, 10, 0, 0, 0, 0.0, 0.0)
+
+    def take_cache_changes(self) -> Mapping[BlockHash, bool]:
+        return {}
+
+    def cached_names(self) -> Sequence[BlockHash]:
+        return ()
 
 
 @dataclass
@@ -47,7 +57,8 @@ async def two_that_know_each_other() -> AsyncIterator[Scene]:
         agent.start()
     agents[0].meet(addresses[1])
     agents[1].meet(addresses[0])
-    reporter = LoadReporter(cast(Engine, Idle()), agents[0], lambda: False)
+    jobs = OpenJobs(lambda _id: False, lambda _ids: 0)
+    reporter = LoadReporter(cast(Engine, Idle()), agents[0], jobs, lambda: False)
     yield Scene(PairMeasurer(agents[0], 1e10, reporter.add_pair), reporter, addresses[1], agents[1], hub)
     for agent in agents:
         assert agent.num_held_slots == 0
@@ -96,16 +107,16 @@ def test_a_peer_that_is_not_here_is_not_measured() -> None:
 def test_a_router_that_does_not_read_costs_one_measurement_a_peer() -> None:
     async def scene() -> None:
         async with two_that_know_each_other() as at:
-            reports = at.reporter.reports()
-            assert (await anext(reports)).HasField("load")
-            at.measurer.meet(at.peer, is_same_host=True)
-            for _ in range(3):
-                seen = at.reporter.pairs
-                at.measurer.measure(at.peer.incarnation)
-                await until(lambda seen=seen: at.reporter.pairs != seen)  # type: ignore[misc]
-            kinds = [(await anext(reports)).WhichOneof("report") for _ in range(2)]
-            assert kinds == ["pair", "load"]
-            await reports.aclose()  # type: ignore[attr-defined]
+            with at.reporter.stream(ROUTER) as stream:
+                reports = stream.messages()
+                assert [(await anext(reports)).WhichOneof("report") for _ in range(2)] == ["load", "cache_events"]
+                at.measurer.meet(at.peer, is_same_host=True)
+                for _ in range(3):
+                    seen = at.reporter.pairs
+                    at.measurer.measure(at.peer.incarnation)
+                    await until(lambda seen=seen: at.reporter.pairs != seen)  # type: ignore[misc]
+                kinds = [(await anext(reports)).WhichOneof("report") for _ in range(2)]
+                assert kinds == ["pair", "load"]
 
     asyncio.run(scene())
 
@@ -118,11 +129,11 @@ def test_a_pair_is_told_again_to_a_router_that_comes_to_know_the_peer_later() ->
             at.reporter.repeat_pair(at.peer.incarnation)  # nothing to tell yet
             at.measurer.meet(at.peer, is_same_host=True)
             await until(lambda: at.reporter.pairs)
-            reports = at.reporter.reports()
-            assert [(await anext(reports)).WhichOneof("report") for _ in range(2)] == ["pair", "load"]
-            at.reporter.repeat_pair(at.peer.incarnation)
-            assert [(await anext(reports)).WhichOneof("report") for _ in range(2)] == ["pair", "load"]
-            await reports.aclose()  # type: ignore[attr-defined]
+            with at.reporter.stream(ROUTER) as stream:
+                reports = stream.messages()
+                assert [(await anext(reports)).WhichOneof("report") for _ in range(3)] == ["pair", "load", "cache_events"]
+                at.reporter.repeat_pair(at.peer.incarnation)
+                assert [(await anext(reports)).WhichOneof("report") for _ in range(2)] == ["pair", "load"]
 
     asyncio.run(scene())
 
