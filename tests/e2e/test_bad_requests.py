@@ -112,6 +112,14 @@ def test_errors_carry_code_reason_and_field(
     assert refusal.metadata["retryable"] == "false"
 
 
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/", "pico/../pico", "./pico"])
+def test_a_model_name_is_no_path(pico: RunningFleet, name: str) -> None:
+    """B26: it is compared, never looked up."""
+    with pytest.raises(grpc.RpcError) as caught:
+        list(pico.stub.Generate(greedy(model=name), timeout=10))
+    assert refusal_of(caught.value).reason == "model_not_found"
+
+
 def test_every_bad_field_at_once_beside_a_running_request(pico: RunningFleet) -> None:
     """P6: all rows of the validator's table over the wire, and requests at the edges of what is accepted, while one streams."""
     expected = pico.ids(count=400)
@@ -228,17 +236,17 @@ def test_identity_in_metadata_changes_nothing(pico: RunningFleet) -> None:
     assert pico.generate(greedy(count=5), metadata=metadata)[0].ids == expected
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",  # B46, B47
-        b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"SSH-2.0-OpenSSH_9.6\r\n",
-        bytes(range(256)) * 8,
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 64,
-    ],
-)
+OTHER_PROTOCOLS = [
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",  # B46, B47
+    b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    b"SSH-2.0-OpenSSH_9.6\r\n",
+    bytes(range(256)) * 8,
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 64,
+]
+
+
+@pytest.mark.parametrize("data", OTHER_PROTOCOLS)
 def test_other_protocols_on_the_port_are_closed(pico: RunningFleet, data: bytes) -> None:
     host, port = pico.address.split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -247,6 +255,18 @@ def test_other_protocols_on_the_port_are_closed(pico: RunningFleet, data: bytes)
         with contextlib.suppress(ConnectionResetError):
             while connection.recv(4096):
                 pass  # until it is closed; a timeout fails the test
+
+
+def test_garbage_does_not_fill_the_log(pico: RunningFleet) -> None:
+    """B46: whoever knocks at the port three hundred times does not write three hundred lines."""
+    host, port = pico.address.split(":")
+    [router] = [child for child in pico.fleet.children if child.name == "router"]
+    before = router.log.stat().st_size
+    for data in OTHER_PROTOCOLS * 50:
+        with socket.create_connection((host, int(port)), timeout=10) as connection, contextlib.suppress(OSError):
+            connection.sendall(data)
+    assert len(pico.ids(count=2)) == 2
+    assert router.log.stat().st_size - before < 4096
 
 
 def http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

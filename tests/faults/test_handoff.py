@@ -257,14 +257,14 @@ def test_partition_p_d_pair_avoided() -> None:
             p0, d0 = (sim.workers[name].incarnation for name in ("p0", "d0"))
 
             def bad_peers() -> frozenset[bytes]:
-                return next(v.bad_peers for v in sim.fleet.snapshot() if v.incarnation == p0)
+                return next(v.bad_peers for v in sim.fleet.scan().workers if v.incarnation == p0)
 
             while not bad_peers():
                 sim.ask(40)
                 await until(lambda: sim.asked[-1].task.done())
                 assert len(sim.asked) < 50
             assert bad_peers() == {d0}
-            assert all(v.can_take and not v.is_suspect for v in sim.fleet.snapshot())
+            assert all(v.can_take and not v.is_suspect for v in sim.fleet.scan().workers)
             later = [sim.ask(40) for _ in range(10)]
             await until(lambda: all(a.task.done() for a in later))
             assert not any(a.choice.failed_at for a in later)
