@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine test-gpu bench-gpu bench-opponents kernels-report checkpoint pico clean
+.PHONY: demo test test-fast test-faults fault-report check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine bench-simulate bench-router test-gpu bench-gpu bench-opponents kernels-report checkpoint pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -9,6 +9,12 @@ test:            ## all tests
 
 test-fast:       ## without the end-to-end tests
 	scripts/test --ignore=tests/e2e
+
+test-faults:     ## real processes killed, frozen, drained and flooded: those that take minutes
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/faults/proc tests/faults/proc/long
+
+fault-report:    ## eight clients while workers are killed and frozen: wrong tokens, lost requests, recovery (ten minutes)
+	.venv/bin/python -m tests.faults.report
 
 check:           ## format, lint, types, protos
 	scripts/check
@@ -32,6 +38,7 @@ fuzz:            ## a minute of hostile frames and messages, other ones each tim
 docs:            ## the pages that are printed from code
 	.venv/bin/python -m kvtransfer.protocol > docs/protocol.md
 	.venv/bin/python -m splitfire.core.settings > docs/settings.md
+	.venv/bin/python -m tests.faults.matrix > docs/faults.md
 
 bench: bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine   ## all benchmarks, into benchmarks/results/
 
@@ -53,6 +60,14 @@ bench-handoff bench-batching bench-idle bench-gap bench-memory: bench-%:  ## one
 
 bench-transfer:  ## the hand-off between two processes; against NIXL where bench-opponents was made
 	.venv/bin/python -m benchmarks.transfer
+
+bench-simulate:  ## what placement reaches in simulation; ten minutes
+	.venv/bin/python -m benchmarks.simulate
+
+# Every bound of the router; about twenty minutes, on a quiet machine; QUICK=--quick only shows that it all runs, nothing is kept.
+bench-router: checkpoint  ## the router with fake workers, beside sglang-router and vllm-router; installs them (60 MB)
+	benchmarks/router/setup
+	.venv/bin/python -m benchmarks.router $(QUICK)
 
 bench-scheduler: ## what a step costs beside the model
 	.venv/bin/python -m benchmarks.scheduler
