@@ -57,7 +57,13 @@ class Fleet:
     def fingerprint(self) -> Fingerprint | None:
         """Of the workers; None while there is none."""
         first = next(iter(self._workers.values()), None)
-        return fingerprint_from_wire(first.hello.fingerprint) if first is not None else None
+        return first.fingerprint if first is not None else None
+
+    @property
+    def model_digest(self) -> bytes:
+        """Of that fingerprint; empty while there is none."""
+        first = next(iter(self._workers.values()), None)
+        return first.model_digest if first is not None else b""
 
     @property
     def max_context(self) -> int | None:

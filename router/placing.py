@@ -119,9 +119,10 @@ class Placing:
         if fingerprint is None:
             return ()
         num_tokens = len(choice.plan.prompt) + len(choice.ids)
-        key = (fingerprint.digest, num_tokens // fingerprint.block_size)
+        digest = self._fleet.model_digest
+        key = (digest, num_tokens // fingerprint.block_size)
         if choice.hashed != key:
-            root = chain_root(choice.plan.cache_salt, fingerprint.digest, "")
+            root = chain_root(choice.plan.cache_salt, digest, "")
             tokens = (*choice.plan.prompt, *choice.ids) if choice.ids else choice.plan.prompt
             choice.hashed = key
             choice.block_hashes = hash_blocks(root, tokens, fingerprint.block_size)

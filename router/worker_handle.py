@@ -17,7 +17,7 @@ import structlog
 from router.costs import PromptCost, PromptCostFit
 from router.views import AGEING, QueuedPrompt, WorkerView
 from splitfire.core import limits
-from splitfire.core.wire import layout_from_wire
+from splitfire.core.wire import fingerprint_from_wire, layout_from_wire
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 log = structlog.get_logger("router")
@@ -87,6 +87,8 @@ class WorkerHandle:
 
     def __post_init__(self) -> None:
         self._block_bytes = layout_from_wire(self.hello.kv_format).block_bytes
+        self.fingerprint = fingerprint_from_wire(self.hello.fingerprint)
+        self.model_digest = self.fingerprint.digest
 
     @property
     def incarnation(self) -> bytes:

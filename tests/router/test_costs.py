@@ -72,3 +72,18 @@ def test_what_cannot_have_been_measured_is_ignored(tokens: int, cached: int, sec
     before = fit.cost
     fit.measured(tokens, cached, seconds)
     assert fit.cost == before
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_luck_leads_it_astray(seed: int) -> None:
+    """Prompts that are nearly alike, measured with noise: it says what they take, and nothing absurd of others."""
+    random = Random(seed)
+    true = PromptCost(random.choice([0.0, 0.001, 0.05]), 10 ** random.uniform(-6, -3), random.choice([0.0, 1e-9, 1e-7]))
+    fit = PromptCostFit()
+    fit.start_with(random.choice([0.0, 100.0, 1e6]))
+    low = random.randint(1, 500)
+    for _ in range(300):
+        num_tokens = random.randint(low, low + random.choice([1, 30, 2000]))
+        fit.measured(num_tokens, 0, true.seconds(num_tokens) * random.choice([1.0, random.uniform(0.5, 2.0)]))
+        assert fit.cost.seconds(4000) < 1e3 * true.seconds(4000) + 10.0
+    assert 0.4 < fit.cost.seconds(low + 10) / true.seconds(low + 10) < 2.5
