@@ -26,6 +26,17 @@ from splitfire.v1 import fleet_pb2, inference_pb2
 
 log = structlog.get_logger("router")
 CHARGED_AT = 16  # tokens
+# Refusals by which two workers cannot, or cannot now, exchange KV, though both live.
+PAIR_BROKE = frozenset(
+    (
+        "handoff_failed",
+        "handoff_aborted",
+        "handoff_unreachable",
+        "handoff_no_common_transport",
+        "handoff_ucx_version",
+        "handoff_too_many_peers",
+    )
+)
 # What a worker may say of a request that the router let through; anything else not worth a retry is a bug.
 WORKERS_WORD = (Code.INVALID_ARGUMENT, Code.UNIMPLEMENTED, Code.FAILED_PRECONDITION, Code.RESOURCE_EXHAUSTED)
 
@@ -166,7 +177,7 @@ class Attempt:
                 choice.failed_at.add(incarnation)
                 self.leave(choice, error, at=incarnation)
             return
-        if refused.reason in ("handoff_failed", "handoff_aborted") and self.placement.prefill and self.placement.decode:
+        if refused.reason in PAIR_BROKE and self.placement.prefill and self.placement.decode:
             self._fleet.avoid_pair(self.placement.prefill, self.placement.decode)
         is_of_decode = refused.is_held or (incarnation == self.placement.decode and refused.is_retryable)
         receiver = self.placement.decode

@@ -104,7 +104,7 @@ class Fleet:
         token_file.write_text(self._token)
         shared = [f"--model={plan.model}", f"--fleet-token-file={token_file}", *plan.shared_flags]
         name = f"--model-name={plan.model_name}"
-        self._worker_ports = [f"127.0.0.1:{free_port()}" for _ in range(plan.num_routers)]
+        self._worker_ports = [f"127.0.0.1:{port}" for port in free_ports(plan.num_routers, but=plan.port)]
         for index, address in enumerate(self._worker_ports):
             flags = [f"--port={plan.port}", f"--worker-port={address.rpartition(':')[2]}", *plan.router_flags]
             if plan.num_routers > 1:
@@ -209,6 +209,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def free_ports(count: int, *, but: int) -> list[int]:
+    """Different ones."""
+    found: set[int] = set()
+    while len(found) < count:
+        found |= {free_port()} - {but}
+    return sorted(found)
 
 
 def share(cpus: Sequence[int], count: int) -> list[tuple[int, ...]]:

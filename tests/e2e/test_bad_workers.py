@@ -68,6 +68,9 @@ class Liar:
         self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
         self._thread.start()
 
+    def has_lied(self) -> bool:
+        return self.num_told > 0
+
     def close(self) -> None:
         """Hangs up when everything is said."""
         self._frames.put(None)
@@ -100,16 +103,18 @@ def fleet() -> Iterator[RunningFleet]:
 
 @pytest.mark.parametrize("name", LIES)
 def test_a_worker_that_lies_costs_nobody_an_answer(fleet: RunningFleet, name: str) -> None:
-    prompts = [[number + 7] * 60 for number in range(6)]
+    prompts = [[number + 7] * 60 for number in range(2)]  # few: what fails at the liar is tried again out of a budget
     expected = [fleet.ids(prompt, 12) for prompt in prompts]
     liar = Liar(fleet, f"liar-{list(LIES).index(name)}", LIES[name])
     try:
         until(lambda: len(fleet.status().workers) == 3)
         with ThreadPoolExecutor(len(prompts)) as pool:
-            answers = [pool.submit(fleet.ids, prompt, 12) for prompt in prompts]
-            until(lambda: liar.num_told)
-            liar.close()
-            assert [answer.result(60) for answer in answers] == expected
+            while not liar.has_lied():
+                answers = [pool.submit(fleet.ids, prompt, 12) for prompt in prompts]
+                until(lambda: liar.has_lied() or all(answer.done() for answer in answers))  # noqa: B023
+                if liar.has_lied():
+                    liar.close()
+                assert [answer.result(60) for answer in answers] == expected
     finally:
         liar.close()
     until(lambda: len(fleet.status().workers) == 2)

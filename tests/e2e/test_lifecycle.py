@@ -215,7 +215,7 @@ def test_workers_clean_up_when_the_router_is_killed_and_attach_to_the_next_one()
 
 
 def test_a_worker_that_was_frozen_is_given_up_and_used_again_when_it_wakes() -> None:
-    """F13: its peers were told that it is gone; the same process, the same incarnation, is there again."""
+    """F14, F15: its peers were told that it is gone; the same process, the same incarnation, is there again."""
     with start_fleet("pico") as fleet:
         expected = fleet.ids(count=5)
         decode = fleet.process("decode-0")

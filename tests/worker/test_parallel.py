@@ -34,6 +34,16 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def others() -> set[int]:
+    """Processes that other tests left to this one's, a helper of the standard library for instance."""
+    return {child.pid for child in psutil.Process().children()}
+
+
+def started_since(others: set[int]) -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.pid not in others]
+
+
 def load(path: Path, *flags: str) -> LoadedModel:
     return load_model(parse_settings(WorkerSettings, [f"--model={path}", *FLAGS, *flags], prog="test"))
 
@@ -42,13 +52,13 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_two_ranks_answer_as_one_until_one_is_killed(tmp_path: Path) -> None:
+def test_two_ranks_answer_as_one_until_one_is_killed(tmp_path: Path, others: set[int]) -> None:
     oracle = save_checkpoint(family_configs()["qwen2"], tmp_path)
-    before, me = descriptors(), psutil.Process()
+    before = descriptors()
     loaded = load(tmp_path, "--tensor-parallel=2")
     try:
         assert loaded.followers is not None
-        [follower] = me.children()
+        [follower] = started_since(others)
         assert os.getpgid(follower.pid) != os.getpgid(0), "Ctrl-C is rank 0's to handle"
         engine, layout = loaded.engine, loaded.layout
         assert (layout.num_kv_heads, engine.runner.pool.layout.num_kv_heads) == (2, 1)
@@ -69,36 +79,36 @@ def test_two_ranks_answer_as_one_until_one_is_killed(tmp_path: Path) -> None:
     finally:
         if loaded.followers is not None:
             loaded.followers.close()
-    assert not me.children()
+    assert not started_since(others)
     del loaded, engine
     gc.collect()
     assert descriptors() <= before, "pools, channels and the meeting file"
 
 
-def test_a_rank_that_ends_while_it_loads_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_ends_while_it_loads_ends_the_start(tmp_path: Path, others: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Here because it is killed; in life for lack of memory."""
     save_checkpoint(family_configs()["llama"], tmp_path)
     read = RankPlan.load
 
     def kill_and_read(*args: Any) -> Weights:
-        for child in psutil.Process().children():
+        for child in started_since(others):
             child.kill()
         return read(*args)
 
     monkeypatch.setattr(RankPlan, "load", kill_and_read)
     with pytest.raises(RankLost, match="rank 1 ended with code -9"):
         load(tmp_path, "--tensor-parallel=2")
-    assert not psutil.Process().children()
+    assert not started_since(others)
 
 
-def test_when_rank_0_cannot_load_nobody_stays(tmp_path: Path) -> None:
+def test_when_rank_0_cannot_load_nobody_stays(tmp_path: Path, others: set[int]) -> None:
     model = save_checkpoint(family_configs()["llama"], tmp_path)
     with torch.no_grad():
         model.lm_head.weight[5, 5] = torch.nan
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="NaN"):
         load(tmp_path, "--tensor-parallel=2")
-    assert not psutil.Process().children()
+    assert not started_since(others)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +124,11 @@ def test_when_rank_0_cannot_load_nobody_stays(tmp_path: Path) -> None:
         ("--tensor-parallel=4", "tensor_parallel is 4, which does not divide the model's num_key_value_heads = 2"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(flag: str, says: str, tmp_path: Path) -> None:
+def test_sizes_that_cannot_be_are_refused(flag: str, says: str, tmp_path: Path, others: set[int]) -> None:
     save_checkpoint(family_configs()["llama"], tmp_path)
     with pytest.raises(ConfigError, match=says):
         load(tmp_path, flag)
-    assert not psutil.Process().children()
+    assert not started_since(others)
 
 
 def test_more_ranks_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
