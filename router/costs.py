@@ -39,6 +39,7 @@ class PromptCostFit:
         self.cost = PromptCost()
         self.is_known = False  # anything at all
         self.is_measured = False  # from prompts, not from a reported rate
+        self.num_measured = 0
         self._num_surprises = 0  # the latest prompts that took MAX_SURPRISE times as long as predicted, or a part of that
         self._theta = [0.0, 0.0, 0.0]  # base, a thousand tokens, a million pairs: seconds
         self._most: list[float] = []  # their variances are never larger
@@ -67,6 +68,7 @@ class PromptCostFit:
                 self._num_surprises, predicted = 0, seconds
             seconds = min(seconds, predicted * MAX_SURPRISE + 1e-3)
         self.is_measured = self.is_known = True
+        self.num_measured += 1
         x = (x[0] / seconds, x[1] / seconds, x[2] / seconds)  # so that errors are shares of a prompt's time, long or short
         px = [sum(row[j] * x[j] for j in range(3)) for row in self._spread]
         gain = 1.0 / (FORGETTING + sum(a * b for a, b in zip(x, px, strict=True)))

@@ -22,6 +22,7 @@ from splitfire.v1 import fleet_pb2, inference_pb2
 
 log = structlog.get_logger("router")
 MAX_CHUNK_S = 0.25  # a worker cuts its chunks to that
+FEW_PROMPTS = 8  # tell of a worker more than all others do
 FREED_OVER_S = 10.0  # what the rate of freed KV is averaged over
 
 
@@ -100,8 +101,8 @@ class WorkerHandle:
 
     @property
     def cost(self) -> PromptCost:
-        """What prompts cost here: as they did here, or else elsewhere."""
-        return self.fit.cost if self.fit.is_known else self.usual.cost
+        """What prompts cost here: as they did here, once a few have told, and before that anywhere."""
+        return self.fit.cost if self.fit.num_measured >= FEW_PROMPTS else self.usual.cost
 
     @property
     def is_draining(self) -> bool:
