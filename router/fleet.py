@@ -149,6 +149,7 @@ class Fleet:
         seconds = sum(phase.duration_s for phase in timing.phases if phase.name == "prefill")
         if worker is not None and seconds:
             worker.measured(attempt, work, min(timing.cached_tokens, work.num_tokens), seconds)
+            self._touch_unknown()
 
     def arrived(self, attempt: int, incarnation: bytes) -> None:
         """The first token that was made there: its KV is all there."""
@@ -290,6 +291,8 @@ class Fleet:
             if clamp(report.load, worker.hello.capacity.total_blocks):
                 self.strike(worker.incarnation, "impossible_load", suspect_after=3)
             worker.report(report.load, time.monotonic())
+            if not self._usual.is_measured:
+                self._touch_unknown()
             if worker.load.is_draining is not before.is_draining:
                 self.guard.look()
             if worker.load.is_draining is not before.is_draining or worker.load.free_blocks > before.free_blocks:
@@ -301,6 +304,12 @@ class Fleet:
             change = CacheChange(events.sequence, events.stored, events.removed, events.is_snapshot, events.is_last_page)
             return self._index.on_events(worker.incarnation, change)
         return True
+
+    def _touch_unknown(self) -> None:
+        """What prompts cost anywhere has changed, which is what they cost at workers that are not known themselves."""
+        for worker in self._workers.values():
+            if not worker.is_known:
+                worker.touch()
 
     def _on_pair(self, worker: WorkerHandle, measured: fleet_pb2.PairMeasurement) -> None:
         peer = self._workers.get(measured.peer_incarnation)

@@ -100,9 +100,13 @@ class WorkerHandle:
         return self.hello.role == inference_pb2.ROLE_PREFILL
 
     @property
+    def is_known(self) -> bool:
+        """Whether prompts cost here what they did here, because a few have told; if not, what they cost anywhere."""
+        return self.fit.num_measured >= FEW_PROMPTS
+
+    @property
     def cost(self) -> PromptCost:
-        """What prompts cost here: as they did here, once a few have told, and before that anywhere."""
-        return self.fit.cost if self.fit.num_measured >= FEW_PROMPTS else self.usual.cost
+        return self.fit.cost if self.is_known else self.usual.cost
 
     @property
     def is_draining(self) -> bool:

@@ -404,3 +404,22 @@ def test_draining_workers_get_no_new_work() -> None:
         assert describe(fleet).workers[0].role == inference_pb2.ROLE_DECODE
 
     play(scene())
+
+
+def test_what_prompts_cost_anywhere_is_seen_of_every_worker_that_is_not_known() -> None:
+    """By a report and by a prompt of another one: no view is older than what it shows."""
+
+    async def scene() -> None:
+        fleet = Fleet(ModelDir(PICO), lambda: None)
+        first, second = FakeWorker(fleet, "prefill", "p0"), FakeWorker(fleet, "prefill", "p1")
+        seen = {view.cost for view in fleet.scan().workers}
+        load = fleet_pb2.Load(prefill_tokens_per_s=500.0)
+        fleet.on_report(fleet_pb2.ReportRequest(incarnation=first.handle.incarnation, load=load))
+        by_report = {view.cost for view in fleet.scan().workers}
+        timing = fleet_pb2.WorkerTiming(phases=[inference_pb2.Phase(name="prefill", duration_s=0.7)])
+        fleet.computed(1, second.handle.incarnation, PromptWork(100, 0, 0.2), timing)
+        by_prompt = {view.cost for view in fleet.scan().workers}
+        assert len(seen) == len(by_report) == len(by_prompt) == 1
+        assert len(seen | by_report | by_prompt) == 3
+
+    play(scene())
