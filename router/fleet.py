@@ -6,9 +6,9 @@ peers are told. Two workers are only ever paired if their model fingerprints are
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 import structlog
 
@@ -45,6 +45,9 @@ class Fleet:
         self._index = PrefixIndex(limits.MAX_INDEXED_BLOCKS, time.monotonic)
         self._views: list[WorkerView] = []
         self._roles = Roles((), ())
+        self._views_until = 0.0  # not any more after that, or a touch
+        self._max_context: int | None = None
+        self._pool_tokens: int | None = None
         self._next_attempt = 1
         self._usual = PromptCostFit()  # what prompts cost, wherever they were computed
         self._usual_tokens = float(FIRST_PROMPT)  # to compute, of an attempt
@@ -68,13 +71,12 @@ class Fleet:
     @property
     def max_context(self) -> int | None:
         """The shortest of the workers'; None while there is none."""
-        return min((w.hello.capacity.max_context for w in self._workers.values()), default=None)
+        return self._max_context
 
     @property
     def pool_tokens(self) -> int | None:
         """KV room of the largest decode pool."""
-        pools = [w.hello.capacity.total_blocks * w.hello.kv_format.block_size for w in self._workers.values() if not w.is_prefill]
-        return max(pools, default=None)
+        return self._pool_tokens
 
     @property
     def num_routers(self) -> int:
@@ -91,16 +93,23 @@ class Fleet:
         self._look()
         return Scan(self._views, self._roles, time.monotonic())
 
-    def look_again(self, scan: Scan) -> None:
-        """Brings a scan up to date."""
+    def look_again(self, scan: Scan) -> bool:
+        """Brings a scan up to date; whether anything had changed."""
         self._look()
+        is_new = scan.workers is not self._views
         scan.workers, scan.roles = self._views, self._roles
+        return is_new
 
     def _look(self) -> None:
         now = time.monotonic()
-        views = [worker.view(now) for worker in self._workers.values()]
-        if len(views) != len(self._views) or not all(map(operator.is_, views, self._views)):
-            self._views, self._roles = views, roles_of(views)
+        if now >= self._views_until:
+            self._views = [worker.view(now) for worker in self._workers.values()]
+            self._roles = roles_of(self._views)
+            self._views_until = min((worker.view_until for worker in self._workers.values()), default=inf)
+
+    def _touched(self) -> None:
+        """A worker is not what it was."""
+        self._views_until = 0.0
 
     def depths(self, names: Sequence[int]) -> Mapping[bytes, int]:
         """Of the blocks with these short names, how many leading ones each worker has cached."""
@@ -225,8 +234,9 @@ class Fleet:
             if other.is_prefill is not worker.is_prefill:
                 other.send(peer_up=fleet_pb2.PeerUp(peer=worker.peer()))
                 worker.send(peer_up=fleet_pb2.PeerUp(peer=other.peer()))
-        worker.usual = self._usual
+        worker.usual, worker.on_touch = self._usual, self._touched
         self._workers[worker.incarnation] = worker
+        self._count()
         if not hello.has_no_prefix_cache:
             self._index.add(worker.incarnation, hello.capacity.total_blocks, is_exact=hello.sends_cache_events)
         self.guard.attached(worker)
@@ -240,6 +250,7 @@ class Fleet:
         if self._workers.get(worker.incarnation) is not worker:
             return
         del self._workers[worker.incarnation]
+        self._count()
         self.pairs.forget(worker.incarnation)
         self._index.remove(worker.incarnation)
         for other in self._workers.values():
@@ -255,6 +266,14 @@ class Fleet:
             events.on_lost(worker.incarnation, is_death=is_death)
         log.info("worker detached", worker_id=worker.hello.worker_id, attempts_lost=len(attempts), num_workers=len(self._workers))
         self._on_change()
+
+    def _count(self) -> None:
+        """Workers came or went."""
+        workers = self._workers.values()
+        pools = [w.hello.capacity.total_blocks * w.hello.kv_format.block_size for w in workers if not w.is_prefill]
+        self._pool_tokens = max(pools, default=None)
+        self._max_context = min((w.hello.capacity.max_context for w in workers), default=None)
+        self._touched()
 
     def strike(self, incarnation: bytes, reason: str, *, suspect_after: int = 1) -> None:
         """The worker said what cannot be true; after that many times it gets work only when there is nobody else."""

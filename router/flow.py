@@ -115,16 +115,17 @@ class Flow:
                 return None
             if not attempt.is_dispatched and attempt.choices:  # a worker may have gone since it was placed
                 self._dispatch(attempt)
-            async with asyncio.timeout(max(0.0, choice.plan.deadline - time.monotonic())):
-                error = await asyncio.shield(attempt.ended(choice))
+            ended = attempt.ended(choice)
+            await asyncio.wait((ended,), timeout=max(0.0, choice.plan.deadline - time.monotonic()))
+            if not ended.done():
+                stage = "decode" if choice.ids else "prefill"
+                raise DeadlineExceeded(f"the deadline passed after {len(choice.ids)} tokens", reason=stage)
+            error = ended.result()
             if error is None:
                 self.fleet.guard.succeeded(attempt.placement)
             elif is_workers_fault(error):
                 self.fleet.guard.failed(attempt.number, choice.failed_at - failed_before)
             return error
-        except TimeoutError as exc:
-            stage = "decode" if choice.ids else "prefill"
-            raise DeadlineExceeded(f"the deadline passed after {len(choice.ids)} tokens", reason=stage) from exc
         finally:
             attempt.leave(choice, None, "request over")
             self.admission.ended(choice.plan.tenant)
@@ -174,11 +175,11 @@ class Flow:
             choice.end_attempt = stop_waiting
         try:
             self.admission.request(ticket)
-            async with asyncio.timeout(max(0.0, plan.deadline - time.monotonic())):
-                return await asyncio.shield(placed)
-        except TimeoutError as exc:
-            self._give_up(placed, ticket)
-            raise DeadlineExceeded("the deadline passed before a worker was free", reason="queue") from exc
+            if not placed.done():
+                await asyncio.wait((placed,), timeout=max(0.0, plan.deadline - time.monotonic()))
+            if not placed.done():
+                raise DeadlineExceeded("the deadline passed before a worker was free", reason="queue")
+            return placed.result()
         except BaseException:
             self._give_up(placed, ticket)
             raise

@@ -112,7 +112,8 @@ class InferenceApi:
             tenant = self._tenants.access.tenant(context.invocation_metadata() or ())
             request_id = message.request_id if REQUEST_ID.match(message.request_id) else secrets.token_hex(12)
             valid = check_request(message, self._model.limits())
-            valid = replace(valid, priority=min(valid.priority, tenant.priority))
+            if valid.priority > tenant.priority:
+                valid = replace(valid, priority=tenant.priority)
             if valid.priority < message.priority:
                 log.info("priority lowered", request_id=request_id, asked=message.priority, given=valid.priority)
             trace = self._telemetry.begin_request(_traceparent(context), accepted_at)

@@ -11,7 +11,7 @@ from random import Random
 from router.choice import Choice
 from router.fleet import Fleet
 from router.placement import Rules, place, place_again, wait_behind
-from router.views import Decision, Demand, Placement, Scan
+from router.views import Decision, Demand, Placement, Scan, WorkerView
 from router.worker_handle import PromptWork
 from splitfire.core.hashing import BlockHash, chain_root, hash_blocks, short_names
 
@@ -58,8 +58,7 @@ class Placing:
         """A room that is free now. None: the request goes on waiting, for the worker that is best for it."""
         choice = choices[0]
         began = time.monotonic()
-        self._fleet.look_again(scan)  # others may have been given room meanwhile
-        if not _has_room(scan):
+        if self._fleet.look_again(scan) and not _has_room(scan):  # others have been given room meanwhile
             return None
         if choice.tries.is_alone:
             self._fleet.reserve(choice)
@@ -78,7 +77,8 @@ class Placing:
         for one in choices:
             one.timeline.place_began, one.timeline.placed_at = began, time.monotonic()
         self.latest.appendleft(Placed(choice.plan.request_id, demand.num_tokens, decision))
-        return Room(decision.placement, self._work(demand, decision.placement.computing), choice.block_hashes, choice.block_names)
+        computing = next(view for view in scan.workers if view.incarnation == decision.placement.computing)
+        return Room(decision.placement, _work(demand, computing), choice.block_hashes, choice.block_names)
 
     def find_again(self, choices: Sequence[Choice], placement: Placement) -> Placement | None:
         """Another decode worker for a prompt that is held; None: there is none now."""
@@ -88,7 +88,7 @@ class Placing:
     def least_work(self, choice: Choice) -> PromptWork:
         """Computing its prompt, where that takes least."""
         demand = self._demand([choice])
-        works = [self._work(demand, view.incarnation) for view in self._fleet.scan().workers]
+        works = [_work(demand, view) for view in self._fleet.scan().workers]
         return min(works, key=lambda work: work.seconds, default=PromptWork(demand.num_tokens, 0, 0.0))
 
     def remember(self, session_id: str, placement: Placement) -> None:
@@ -129,12 +129,11 @@ class Placing:
             choice.block_names = short_names(choice.block_hashes)
         return choice.block_names
 
-    def _work(self, demand: Demand, incarnation: bytes) -> PromptWork:
-        """Computing its prompt at one worker."""
-        worker = self._fleet.worker(incarnation)
-        assert worker is not None
-        cached = min(demand.depths.get(incarnation, 0) * worker.hello.kv_format.block_size, demand.num_tokens - 1)
-        return PromptWork(demand.num_tokens, cached, worker.cost.seconds(demand.num_tokens, cached))
+
+def _work(demand: Demand, view: WorkerView) -> PromptWork:
+    """Computing its prompt at one worker."""
+    cached = min(demand.depths.get(view.incarnation, 0) * view.block_size, demand.num_tokens - 1)
+    return PromptWork(demand.num_tokens, cached, view.cost.seconds(demand.num_tokens, cached))
 
 
 def _close_emptiest(scan: Scan) -> None:

@@ -104,6 +104,7 @@ class RouterServer:
             defaults=model.generation,
             has_chat_template=model.chat_template is not None,
         )
+        self._limits_now = self._base_limits
         self._worker_ports: list[str] = []
         self._model = model
         self._is_draining = False
@@ -203,9 +204,11 @@ class RouterServer:
         return MetricsPort(settings.metrics_host, settings.metrics_port, metrics.collect, post).port
 
     def _limits(self) -> ModelLimits:
-        shortest = self._fleet.max_context
-        length = self._base_limits.context_length
-        return replace(self._base_limits, context_length=min(length, shortest or length), pool_tokens=self._fleet.pool_tokens)
+        base, shortest, pool_tokens = self._base_limits, self._fleet.max_context, self._fleet.pool_tokens
+        length = min(base.context_length, shortest or base.context_length)
+        if (length, pool_tokens) != (self._limits_now.context_length, self._limits_now.pool_tokens):
+            self._limits_now = replace(base, context_length=length, pool_tokens=pool_tokens)
+        return self._limits_now
 
     def _on_change(self) -> None:
         """Workers came, went, or have room: whoever waits may start."""

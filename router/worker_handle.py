@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -84,7 +84,8 @@ class WorkerHandle:
     _freed_rate: float = 0.0
     _freed_at: float = 0.0
     _view: WorkerView | None = None
-    _view_until: float = 0.0
+    view_until: float = 0.0  # it is not true any more after that, though nothing has happened
+    on_touch: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._block_bytes = layout_from_wire(self.hello.kv_format).block_bytes
@@ -208,6 +209,7 @@ class WorkerHandle:
 
     def touch(self) -> None:
         self._view = None
+        self.on_touch()
 
     def is_able(self, now: float) -> bool:
         """Whether it could take work, if nothing is known against it."""
@@ -218,8 +220,8 @@ class WorkerHandle:
         return now >= self.reported_at + limits.SUSPECT_AFTER_S
 
     def view(self, now: float) -> WorkerView:
-        if self._view is None or now >= self._view_until:
-            self._view, self._view_until = self._look(now), self._next_change(now)
+        if self._view is None or now >= self.view_until:
+            self._view, self.view_until = self._look(now), self._next_change(now)
         return self._view
 
     def _look(self, now: float) -> WorkerView:

@@ -23,6 +23,7 @@ from splitfire.v1 import inference_pb2 as pb
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 ROLES = ("system", "user", "assistant", "tool")
+PRIORITIES = frozenset(pb.Priority.values())
 OPERATOR_METADATA = ("chat_template", "chat_template_kwargs", "chat-template", "chat-template-kwargs")
 
 
@@ -268,7 +269,7 @@ def _read_stopping(asked: pb.StoppingParams, model: ModelLimits) -> StopRequest:
 
 def _priority(asked: int) -> int:
     """A client's class; one above it is lowered (B34)."""
-    if asked not in pb.Priority.values():
+    if asked not in PRIORITIES:
         raise InvalidInput("priority", f"is {asked}, accepted: {', '.join(pb.Priority.keys()[1:])}")
     return min(asked or pb.PRIORITY_STANDARD, pb.PRIORITY_INTERACTIVE)
 

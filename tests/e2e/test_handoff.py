@@ -124,15 +124,17 @@ class Stage:
     def ask_and_wait(self, pair: Pair, share: float) -> Asked:
         """A long request whose prompt is computed up to `share`, what is computed being on its way to decode. Its session is a preference:
         where another worker costs far less by now it goes there, and one more is asked."""
-        process = self.fleet.process(pair.prefill)
-        while True:
-            target = cpu_s(process) + share * self.prompt_cpu_s
-            asked = Asked(self.fleet, self.long(pair))
-            until(lambda: cpu_s(process) > target or asked.ids or asked.is_over, 60)
-            if not asked.ids and not asked.is_over:
-                return asked
+        while not self._is_computed(asked := Asked(self.fleet, self.long(pair)), pair, share):
             asked.join()
             assert worker_of(asked.summary, "prefill") != pair.prefill, "too late"
+        return asked
+
+    def _is_computed(self, asked: Asked, pair: Pair, share: float) -> bool:
+        """Waits until so much of it is; False: it is all, somewhere."""
+        process = self.fleet.process(pair.prefill)
+        target = cpu_s(process) + share * self.prompt_cpu_s
+        until(lambda: cpu_s(process) > target or asked.ids or asked.is_over, 60)
+        return not asked.ids and not asked.is_over
 
     def said(self, event: str, request_id: str) -> int:
         """How often the router logged `event` of a request."""
