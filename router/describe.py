@@ -32,6 +32,7 @@ class Describer:
             workers=[self._worker(worker) for worker in self._fleet.workers],
             pairs=self._pairs(),
             worker_ports=self._worker_ports,
+            num_routers=self._fleet.num_routers,
             decisions=[self._decision(placed) for placed in latest],
         )
 

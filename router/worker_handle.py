@@ -156,7 +156,7 @@ class WorkerHandle:
         """The attempt's prompt is computed here."""
         if not self.prompts:
             self._front_since = now
-        key = now + AGEING * work.seconds
+        key = -math.inf if self.hello.capacity.is_first_come else now + AGEING * work.seconds  # nobody passes who came first
         self._passed.update(other for other, prompt in self.prompts.items() if prompt.key > key)
         self.prompts[attempt] = QueuedPrompt(key, work.seconds)
         self.touch()

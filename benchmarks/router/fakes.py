@@ -80,8 +80,12 @@ def _hello(model: ModelDir, name: str, is_prefill: bool, shape: FleetShape) -> f
         kv_format=layout_to_wire(KvLayout("bf16", 6, 2, 64, shape.block_size)),
         transports=[fleet_pb2.TransportAddress(name="ucx", version="1.21", address=b"nowhere")],
         capacity=fleet_pb2.Capacity(
-            total_blocks=TOTAL_BLOCKS, max_running=MAX_RUNNING, max_context=config.max_positions, chunk_tokens=CHUNK_TOKENS
-        ),
+            total_blocks=TOTAL_BLOCKS,
+            max_running=MAX_RUNNING,
+            max_context=config.max_positions,
+            chunk_tokens=CHUNK_TOKENS,
+            is_first_come=True,
+        ),  # fmt: skip
         host="here",
         sends_cache_events=shape.speed.cached_blocks > 0,
     )

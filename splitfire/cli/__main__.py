@@ -190,8 +190,10 @@ def fleet(
     for decision in status.decisions:
         for line in decision_lines(decision):
             out.print(line, markup=False)
+    shared = f"; {status.num_routers} routers share them" if status.num_routers > 1 else ""
     out.print(
-        f"{status.running_requests} requests running, {status.queued_requests} waiting; workers attach to {', '.join(status.worker_ports)}"
+        f"{status.running_requests} requests running, {status.queued_requests} waiting; workers attach to "
+        f"{', '.join(status.worker_ports)}{shared}"
     )
 
 

@@ -272,10 +272,13 @@ class Capacity(_message.Message):
     MAX_RUNNING_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
     CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    IS_FIRST_COME_FIELD_NUMBER: _builtins.int
     total_blocks: _builtins.int
     max_running: _builtins.int
     max_context: _builtins.int
     chunk_tokens: _builtins.int
+    is_first_come: _builtins.bool
+    """computes prompts in the order they come; else those with the least work first, and age counts"""
     def __init__(
         self,
         *,
@@ -283,10 +286,11 @@ class Capacity(_message.Message):
         max_running: _builtins.int = ...,
         max_context: _builtins.int = ...,
         chunk_tokens: _builtins.int = ...,
+        is_first_come: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_tokens", b"chunk_tokens", "max_context", b"max_context", "max_running", b"max_running", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_tokens", b"chunk_tokens", "is_first_come", b"is_first_come", "max_context", b"max_context", "max_running", b"max_running", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -870,8 +870,11 @@ class GetFleetResponse(_message.Message):
     QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     DECISIONS_FIELD_NUMBER: _builtins.int
+    NUM_ROUTERS_FIELD_NUMBER: _builtins.int
     queued_requests: _builtins.int
     running_requests: _builtins.int
+    num_routers: _builtins.int
+    """that share these workers, this one among them, as the workers say"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
     @_builtins.property
@@ -891,10 +894,11 @@ class GetFleetResponse(_message.Message):
         queued_requests: _builtins.int = ...,
         running_requests: _builtins.int = ...,
         decisions: _abc.Iterable[Global___Decision] | None = ...,
+        num_routers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "pairs", b"pairs", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "worker_ports", b"worker_ports", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "num_routers", b"num_routers", "pairs", b"pairs", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "worker_ports", b"worker_ports", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

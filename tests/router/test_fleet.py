@@ -19,8 +19,8 @@ from router.fleet import Fleet
 from router.fleet_api import FleetService
 from router.hello import check_hello, clamp
 from router.placement import Rules, place
-from router.views import Demand, Placement
-from router.worker_handle import PromptWork
+from router.views import AGEING, Demand, Placement
+from router.worker_handle import PromptWork, WorkerHandle
 from splitfire.core.errors import InvalidInput
 from splitfire.core.fingerprint import PROTOCOL_MAJOR
 from splitfire.core.model_dir import ModelDir
@@ -421,5 +421,21 @@ def test_what_prompts_cost_anywhere_is_seen_of_every_worker_that_is_not_known() 
         by_prompt = {view.cost for view in fleet.scan().workers}
         assert len(seen) == len(by_report) == len(by_prompt) == 1
         assert len(seen | by_report | by_prompt) == 3
+
+    play(scene())
+
+
+@pytest.mark.parametrize(("is_first_come", "wait_s"), [(True, 7.0), (False, 0.0256)])
+def test_what_is_waited_for_depends_on_the_order_in_which_a_worker_computes(is_first_come: bool, wait_s: float) -> None:
+    """A short prompt behind two long ones: all of them, or the chunk under way."""
+
+    async def scene() -> None:
+        fleet = Fleet(ModelDir(PICO), lambda: None)
+        handle = WorkerHandle(make_hello("prefill", capacity__is_first_come=is_first_come))
+        fleet.add(handle)
+        for attempt in (1, 2):
+            handle.queue(attempt, PromptWork(3500, 0, 3.5), 100.0)
+        [view] = fleet.scan().workers
+        assert view.wait_s(100.0 + AGEING * 0.1, 100.0) == pytest.approx(wait_s)
 
     play(scene())
