@@ -1,7 +1,8 @@
-"""`python -m benchmarks.router.bare PORT WORKER_PORT`: relays between clients and fake workers, and does nothing else.
+"""`python -m benchmarks.router.bare PORT WORKER_PORT [STEP_S]`: relays between clients and fake workers, and does nothing else.
 
 It reads and writes the messages that the router does, over the same gRPC, and neither checks, tokenizes, places, counts nor
-recovers. What it costs is the floor under the router; the difference is the router's own.
+recovers. What it costs is the floor under the router; the difference is the router's own. With STEP_S it is no relay either but
+answers by itself, the first token at once and each further one after that time: what a client would see without any router.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from splitfire.v1 import fleet_pb2, fleet_pb2_grpc
 from splitfire.v1 import inference_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
+SUMMARY = pb.GenerateResponse(summary=pb.Summary(request_id="0123456789abcdef"))
 
 
 class Stream:
@@ -35,7 +37,8 @@ class Stream:
 class Bare(fleet_pb2_grpc.FleetServicer):
     """Both services. The first prefill worker and the first decode worker get everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, step_s: float | None) -> None:
+        self._step_s = step_s
         self._numbers = itertools.count(1)
         self._streams: dict[int, Stream] = {}
         self._outboxes: dict[int, asyncio.Queue[fleet_pb2.AttachResponse]] = {}
@@ -63,6 +66,9 @@ class Bare(fleet_pb2_grpc.FleetServicer):
             pass
 
     async def generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        if self._step_s is not None:
+            await self._answer(request, context, self._step_s)
+            return
         number = next(self._numbers)
         stream = self._streams[number] = Stream()
         self._submit(number, request)
@@ -75,8 +81,14 @@ class Bare(fleet_pb2_grpc.FleetServicer):
             fresh = stream.ids[num_sent:]
             num_sent += len(fresh)
             await context.write(pb.GenerateResponse(token_ids=fresh, text="12345678"))
-        await context.write(pb.GenerateResponse(summary=pb.Summary(request_id="0123456789abcdef")))
+        await context.write(SUMMARY)
         del self._streams[number]
+
+    async def _answer(self, request: pb.GenerateRequest, context: Context, step_s: float) -> None:
+        for i in range(request.stopping.max_tokens):
+            await asyncio.sleep(step_s if i else 0.0)
+            await context.write(pb.GenerateResponse(token_ids=[i], text="12345678"))
+        await context.write(SUMMARY)
 
     def _take(self, output: fleet_pb2.SequenceOutput) -> None:
         stream = self._streams.get(output.attempt)
@@ -102,8 +114,8 @@ class Bare(fleet_pb2_grpc.FleetServicer):
             await context.write(await outbox.get())
 
 
-async def serve(port: int, worker_port: int) -> None:
-    bare = Bare()
+async def serve(port: int, worker_port: int, step_s: float | None) -> None:
+    bare = Bare(step_s)
     public, private = grpc.aio.server(), grpc.aio.server()
     generate = grpc.unary_stream_rpc_method_handler(
         bare.generate, pb.GenerateRequest.FromString, pb.GenerateResponse.SerializeToString
@@ -119,4 +131,4 @@ async def serve(port: int, worker_port: int) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2])))
+    uvloop.run(serve(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else None))

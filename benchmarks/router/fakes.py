@@ -85,7 +85,7 @@ def _hello(model: ModelDir, name: str, is_prefill: bool, shape: FleetShape) -> f
             max_context=config.max_positions,
             chunk_tokens=CHUNK_TOKENS,
             is_first_come=True,
-        ),  # fmt: skip
+        ),
         host="here",
         sends_cache_events=shape.speed.cached_blocks > 0,
     )

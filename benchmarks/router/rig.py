@@ -53,13 +53,13 @@ class Node(Orders):
 
 
 class Router:
-    """A process of the router itself, or of the bare relay, on one core with the processes of its pools."""
+    """A process of the router itself, or of the bare relay, on one core with the processes of its pools. `flags` are for either."""
 
     def __init__(self, core: int, flags: Sequence[str], *, is_bare: bool = False) -> None:
         port, worker_port = free_port(), free_port()
         self.address, self.worker_address = f"127.0.0.1:{port}", f"127.0.0.1:{worker_port}"
         ours = ("router", f"--model={bench_model()}", f"--port={port}", f"--worker-port={worker_port}", "--log-level=error", *flags)
-        module = ("benchmarks.router.bare", str(port), str(worker_port)) if is_bare else ours
+        module = ("benchmarks.router.bare", str(port), str(worker_port), *flags) if is_bare else ours
         LOGS.mkdir(parents=True, exist_ok=True)
         with (LOGS / f"router-{port}.log").open("wb") as log:
             self._process = subprocess.Popen(
