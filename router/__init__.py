@@ -1,7 +1,7 @@
 """The router: accepts, admits, places, dispatches, streams. No torch, no UCX.
 
 Life of a request here (docs/architecture.md has the whole of it):
- 1. accept    grpc_api.py, text.py   validated, seed drawn, text made token ids
+ 1. accept    grpc_api.py or http_api.py, inference.py, text.py   validated, seed drawn, text made token ids
  2. admit     admission.py           waits in a bounded queue, or is refused at once
  3. place     placement.py           a decode worker, and a prefill worker or none
  4. dispatch  flow.py, fleet.py      Submit to both at once

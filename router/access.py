@@ -1,4 +1,4 @@
-"""Which calls of the public port are let through, and whose they are: from the method's name and the call's credential. Pure.
+"""Which calls of the public ports are let through, and whose they are: from the method or path and the call's credential. Pure.
 
 Deny by default: what NEEDS does not name is for administrators. Without keys everybody is the tenant `default`, who is an
 administrator only where nobody but this machine reaches the port. The fleet's token is the credential of who operates it.
@@ -36,6 +36,14 @@ NEEDS: Mapping[str, Need] = {
     "/splitfire.v1.Inference/ListModels": Need.KEY,
     "/splitfire.v1.Inference/GetFleet": Need.VIEW,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Need.VIEW,
+    # HTTP
+    "/health": Need.NOTHING,
+    "/v1/models": Need.KEY,
+    "/v1/models/*": Need.KEY,
+    "/v1/chat/completions": Need.KEY,
+    "/v1/completions": Need.KEY,
+    "/tokenize": Need.KEY,
+    "/detokenize": Need.KEY,
 }
 
 
@@ -60,7 +68,7 @@ class Access:
             raise Forbidden("this is for administrators: use a key of a tenant that is one", reason="admin_only")
 
     def tenant(self, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
-        """Whose call it is. Of all metadata only `authorization` counts, and only if it is there once."""
+        """Whose call it is. Of all metadata (of HTTP: headers) only `authorization` counts, and only if it is there once."""
         given = [str(value) for name, value in metadata if name == "authorization"]
         key = given[0][len(SCHEME) :] if len(given) == 1 and given[0].lower().startswith(SCHEME) else ""
         if key and self._token is not None and hmac.compare_digest(key.encode(), self._token):

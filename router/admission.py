@@ -28,6 +28,7 @@ Room = TypeVar("Room")
 
 LOOKAHEAD = 32  # tickets that one pump looks past
 RISES = 4  # classes that a ticket would rise by in the time it may wait: batch is level with interactive after half of it
+STARTED_S = 0.25  # of the wait of a prompt that has started already: for the chunk before it
 UNKNOWN_WAIT_S = 1.0
 LEAST_RETRY_S, MOST_RETRY_S, RETRY_JITTER = 0.1, 60.0, 0.25
 
@@ -196,10 +197,11 @@ class Admission(Generic[Scan, Room]):
                 raise Exhausted(message, reason="queue_full", retry_after_s=self._retry_after(self.queued_tokens))
             return []
         rate, most_s = self._rate, self.limits.ttft_target_s * QUEUE_PERCENT[place.priority] / 100
-        if rate > 0 and self.queued_tokens > rate * most_s:
+        most = rate * max(0.0, most_s - STARTED_S)
+        if rate > 0 and self.queued_tokens > most:
             before = self._waiting.tokens_before(place.number)
-            if before > rate * most_s:
-                waiting = f"{before:.0f} prompt tokens are before it, {before / rate:.2f} s at {rate:.0f} tokens/s"
+            if before > most:
+                waiting = f"{before:.0f} prompt tokens are before it, {before / rate + STARTED_S:.2f} s at {rate:.0f} tokens/s"
                 message = f"{waiting}; its class waits at most {most_s:g} s"
                 raise Exhausted(message, reason="queue_full", retry_after_s=self._retry_after(before))
         given = self._bounds.make_way(place)

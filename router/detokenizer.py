@@ -35,6 +35,11 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._token_bytes = TokenBytes(tokenizer) if isinstance(tokenizer.decoder, ByteLevel) else None
 
+    def piece(self, token_id: int) -> bytes:
+        """What one id stands for by itself, special tokens too; perhaps only a part of a character."""
+        spelled = self._token_bytes[token_id] if self._token_bytes is not None else b""
+        return spelled or self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+
     def begin(self) -> TokenText:
         return ByteText(self._token_bytes) if self._token_bytes is not None else NeighbourText(self._tokenizer)
 

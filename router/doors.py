@@ -48,13 +48,17 @@ class Doors:
         self.token = read_secret(settings.fleet_token_file) if settings.fleet_token_file else None
         self._settings = settings
         self.access = Access(self._read_keys(), self.token, _today, is_loopback=settings.host in LOOPBACK)
-        self._certificates: list[Certificates] = []
+        self._reloads: list[Callable[[], None]] = [self._replace_keys]
         self.public = self._public()
         self.private = self._private()
 
+    def also_reload(self, read: Callable[[], None]) -> None:
+        """Another file's reader, for the next SIGHUP."""
+        self._reloads.append(read)
+
     def reload(self) -> None:
         """SIGHUP. Each file for itself: one that cannot be used holds back none of the others."""
-        for read in (self._replace_keys, *(each.reload for each in self._certificates)):
+        for read in self._reloads:
             try:
                 read()
             except ConfigError as exc:
@@ -79,8 +83,9 @@ class Doors:
         return self._add(lambda: read_identity(certificate, key, authority, FleetRole.ROUTER, datetime.now(UTC)))
 
     def _add(self, read: Callable[[], Identity]) -> grpc.ServerCredentials:
-        self._certificates.append(Certificates(read))
-        return self._certificates[-1].credentials
+        certificates = Certificates(read)
+        self._reloads.append(certificates.reload)
+        return certificates.credentials
 
     def _replace_keys(self) -> None:
         self.access.keys = self._read_keys()

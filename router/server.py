@@ -9,6 +9,7 @@ import secrets
 import time
 from dataclasses import replace
 from random import Random
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -30,7 +31,8 @@ from router.fleet_api import FleetService
 from router.flow import Flow
 from router.formats import FormatPool
 from router.gate import Gate
-from router.grpc_api import SERVICE, InferenceApi, ServedModel, Tenants
+from router.grpc_api import SERVICE, InferenceApi
+from router.inference import Inference, ServedModel, Tenants
 from router.placement import Rules, missing_role
 from router.placing import Placing, Room
 from router.policies import make_policy
@@ -46,6 +48,9 @@ from splitfire.core.settings import LOOPBACK, RouterSettings
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.validation import ModelLimits
 from splitfire.v1 import fleet_pb2_grpc
+
+if TYPE_CHECKING:
+    from router.http_server import HttpServer
 
 log = structlog.get_logger("router")
 TICK_S = 0.5
@@ -115,6 +120,7 @@ class RouterServer:
         options = (*PUBLIC_OPTIONS, ("grpc.so_reuseport", int(settings.share_port)))
         self._public = grpc.aio.server(options=options, interceptors=(Gate(self._doors.access),))
         self._private = grpc.aio.server(options=WORKER_OPTIONS)
+        self._http: HttpServer | None = None
         self.port = self.worker_port = 0
 
     async def start(self) -> None:
@@ -125,8 +131,9 @@ class RouterServer:
         served = ServedModel(self._limits, Tokenizer.from_file(str(self._model.tokenizer_path)), self._text, self._formats)
         tenants = Tenants(doors.access, Quotas(time.monotonic, lambda: self._fleet.num_routers))
         describe = Describer(self._fleet, self._flow.placing, settings.placement, self._worker_ports)
-        self._api = InferenceApi(served, tenants, self._fleet, self._flow, self.telemetry, describe)
-        self._public.add_generic_rpc_handlers((self._api.handlers(), AdminApi(self._fleet).handlers()))
+        self._inference = Inference(served, tenants, self._flow, self.telemetry)
+        api = InferenceApi(self._inference, self._fleet, self._flow, describe)
+        self._public.add_generic_rpc_handlers((api.handlers(), AdminApi(self._fleet).handlers()))
         add_HealthServicer_to_server(self._health, self._public)
         is_open = settings.host in LOOPBACK and settings.keys_file is None
         has_reflection = settings.reflection if settings.reflection is not None else is_open
@@ -138,7 +145,7 @@ class RouterServer:
         self.port = _listen(self._public, "port", settings.host, settings.port, doors.public)
         self.worker_port = _listen(self._private, "worker_port", settings.worker_host, settings.worker_port, doors.private)
         self._worker_ports.append(f"{settings.worker_host}:{self.worker_port}")
-        metrics_port = self._open_metrics()
+        metrics_port, http_port = self._open_metrics(), await self._open_http()
         await self._tell_health()
         await self._private.start()
         await self._public.start()
@@ -157,6 +164,7 @@ class RouterServer:
             address=f"{settings.host}:{self.port}",
             worker_address=self._worker_ports[0],
             metrics_port=metrics_port,
+            http_port=http_port,
         )
 
     async def run(self) -> int:
@@ -170,6 +178,8 @@ class RouterServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_S):
                 await asyncio.gather(ticker, return_exceptions=True)
+                if self._http is not None:
+                    await self._http.stop()
                 await self._public.stop(0.5)
                 await self._private.stop(0.5)
                 await self._text.close()
@@ -182,14 +192,30 @@ class RouterServer:
         if self._is_draining:
             self._stopped.set()
             return
-        self._is_draining = self._api.is_draining = True
-        log.info("draining", requests=self._api.num_active, grace_s=self.settings.router_grace_s)
+        self._is_draining = self._inference.is_draining = True
+        log.info("draining", requests=self._inference.num_active, grace_s=self.settings.router_grace_s)
         asyncio.get_running_loop().call_later(self.settings.router_grace_s, self._stopped.set)
         self._changed.set()
 
     def reload(self) -> None:
         """SIGHUP: keys and certificates are read again; no stream notices."""
         self._doors.reload()
+
+    async def _open_http(self) -> int | None:
+        """The port, if there is to be one."""
+        settings = self.settings
+        if settings.http_port is None:
+            return None
+        from router.http_api import HttpApi  # noqa: PLC0415 - 90 ms, only if used
+        from router.http_server import HttpServer  # noqa: PLC0415
+
+        def fingerprint() -> str:
+            return self._fleet.model_digest.hex()[:12]
+
+        api = HttpApi(self._inference, fingerprint, self._can_serve, is_loopback=settings.host in LOOPBACK)
+        self._http = HttpServer(api, settings.tls_cert, settings.tls_key)
+        self._doors.also_reload(self._http.reload)
+        return await self._http.start(settings.host, settings.http_port, is_shared=settings.share_port)
 
     def _open_metrics(self) -> int | None:
         """The port, if there is to be one."""
@@ -236,13 +262,16 @@ class RouterServer:
             self._admission.rate_tokens_per_s = self._fleet.prompt_tokens_per_s
             self._admission.pump()
             await self._tell_health()
-            if self._is_draining and self._api.num_active == 0:
+            if self._is_draining and self._inference.num_active == 0:
                 self._stopped.set()
 
+    def _can_serve(self) -> bool:
+        """Whether a request could be placed."""
+        return not self._is_draining and missing_role(self._fleet.scan().workers, self._rules) is None
+
     async def _tell_health(self) -> None:
-        """SERVING exactly when a request could be placed."""
-        can_serve = not self._is_draining and missing_role(self._fleet.scan().workers, self._rules) is None
-        status = health_pb2.HealthCheckResponse.SERVING if can_serve else health_pb2.HealthCheckResponse.NOT_SERVING
+        """SERVING exactly when it can."""
+        status = health_pb2.HealthCheckResponse.SERVING if self._can_serve() else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", SERVICE):
             await self._health.set(service, status)
 

@@ -1,4 +1,4 @@
-"""Errors as gRPC statuses with google.rpc details. The only place where the error tree meets grpc."""
+"""Errors as gRPC statuses with google.rpc details; and what of them is logged, whichever door they leave by."""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ async def abort(
     context: grpc.aio.ServicerContext[object, object], error: SplitfireError, request_id: str, details: dict[str, str] | None = None
 ) -> NoReturn:
     """Ends the call with the error's status; an Internal one gets an id that finds its log line."""
-    details = dict(details or {})
-    if isinstance(error, Internal):
-        details["error_id"] = secrets.token_hex(8)
-        log.error("internal error", request_id=request_id, error_id=details["error_id"], reason=error.reason, detail=str(error))
+    details = {**(details or {}), **log_internal(error, request_id)}
     await context.abort_with_status(rpc_status.to_status(status_of(error, request_id, details)))
     raise AssertionError("abort_with_status returned")
+
+
+def log_internal(error: SplitfireError, request_id: str) -> dict[str, str]:
+    """What finds the log line of an Internal error, which is written here; nothing for others."""
+    if not isinstance(error, Internal):
+        return {}
+    error_id = secrets.token_hex(8)
+    log.error("internal error", request_id=request_id, error_id=error_id, reason=error.reason, detail=str(error))
+    return {"error_id": error_id}
 
 
 def unexpected(exc: Exception) -> Internal:

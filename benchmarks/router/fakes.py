@@ -88,4 +88,5 @@ def _hello(model: ModelDir, name: str, is_prefill: bool, shape: FleetShape) -> f
         ),
         host="here",
         sends_cache_events=shape.speed.cached_blocks > 0,
+        has_no_prefix_cache=shape.speed.cached_blocks == 0,
     )

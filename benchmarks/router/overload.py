@@ -22,6 +22,7 @@ from benchmarks.router.runs import at_least, at_most, plain
 SLOW = FleetShape(2, 2, Speed(token_s=0.001, step_s=0.01))
 ASK = Ask(300, 0, 8, timeout_s=30.0)
 TARGET_S = 2.0
+PEAK_STREAMS = 16  # keep the workers busy, and nobody waits for long enough to be refused
 FLAGS = ("--split=always", f"--ttft-target-s={TARGET_S}", "--max-requests=1024")
 STEPPING = FleetShape(2, 2, Speed(step_s=0.1))
 NUM_CANCELLED, NUM_SURVIVORS = 1000, 32
@@ -31,8 +32,8 @@ CANCEL_WITHIN_S = 0.1
 def overload(_turns: int, seconds: float) -> list[Row]:
     """`seconds` is a fifteenth of the overload's time."""
     with rig(SLOW, FLAGS) as made:
-        made.all("closed", ASK, 64, seconds)  # the router learns what a prompt takes
-        peak = _goodput(made.all("closed", ASK, 64, 2 * seconds), 2 * seconds)
+        made.all("closed", ASK, PEAK_STREAMS, seconds)  # the router learns what a prompt takes
+        peak = _goodput(made.all("closed", ASK, PEAK_STREAMS, 2 * seconds), 2 * seconds)
         lasting_s = 15 * seconds
         answers = made.all("opened", ASK, _poisson(4 * peak, lasting_s))
         over = time.perf_counter()

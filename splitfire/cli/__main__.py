@@ -57,6 +57,9 @@ def up(
     decode: Annotated[int, typer.Option(envvar="SPLITFIRE_DECODE", min=1, max=64, help="decode workers")] = 1,
     aggregated: Annotated[bool, typer.Option("--aggregated", envvar="SPLITFIRE_AGGREGATED", help="no prefill workers")] = False,
     port: Annotated[int, typer.Option(envvar="SPLITFIRE_PORT", min=0, max=65535, help="for clients; 0 draws one")] = 7070,
+    http_port: Annotated[
+        int, typer.Option(envvar="SPLITFIRE_HTTP_PORT", min=0, max=65535, help="for OpenAI's clients; 0 draws one")
+    ] = 8000,
     routers: Annotated[int, typer.Option(envvar="SPLITFIRE_ROUTERS", min=1, max=16, help="router processes, on one port")] = 1,
     device: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DEVICE", help="cpu or cuda")] = None,
     dtype: Annotated[str | None, typer.Option(envvar="SPLITFIRE_DTYPE", help="auto, bf16, fp16 or fp32")] = None,
@@ -92,7 +95,8 @@ def up(
         "--draft-model": resolve_model(draft_model) if draft_model else None,
         "--transport": transport,
     }
-    router_flags = {"--split": split, "--keys-file": keys_file.absolute() if keys_file else None}
+    http_port = http_port or free_port()
+    router_flags = {"--split": split, "--keys-file": keys_file.absolute() if keys_file else None, "--http-port": http_port}
     shared = {"--max-context": max_context, "--trace-file": trace_file.absolute() if trace_file else None}
     fleet_plan = make_plan(
         model, 0 if aggregated else prefill, decode, port, prefill_cpus, decode_cpus,
@@ -100,7 +104,8 @@ def up(
     )  # fmt: skip
     with running(fleet_plan) as fleet:
         out.print(
-            f"\nTry it:  [bold]splitfire generate 'def fibonacci(n):' --server {fleet.address}[/]\n(logs: {fleet.directory}; Ctrl-C ends it)"
+            f"\nTry it:  [bold]splitfire generate 'def fibonacci(n):' --server {fleet.address}[/]\n"
+            f"OpenAI's clients:  http://127.0.0.1:{http_port}/v1\n(logs: {fleet.directory}; Ctrl-C ends it)"
         )
         with suppress(KeyboardInterrupt):
             while True:

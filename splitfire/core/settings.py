@@ -125,6 +125,7 @@ class RouterSettings(ServiceSettings):
 
     host: str = Field("127.0.0.1", description="address clients connect to")
     port: Port = Field(7070, description="port clients connect to; 0 draws one")
+    http_port: Port | None = Field(None, description="port of OpenAI's API over HTTP, at host; default: off; 0 draws one")
     worker_host: str = Field("127.0.0.1", description="address workers connect to")
     worker_port: Port = Field(7071, description="port workers connect to; 0 draws one")
     model_name: str = Field(
@@ -182,6 +183,8 @@ class RouterSettings(ServiceSettings):
             )
         if 0 < self.port == self.worker_port and self.host == self.worker_host:
             raise ValueError(f"port and worker_port are both {self.port}: clients and workers need a port each")
+        if self.http_port and self.http_port in (self.port, self.worker_port):
+            raise ValueError(f"http_port is {self.http_port}, which is another port's too: gRPC, HTTP and workers need one each")
         return self
 
 

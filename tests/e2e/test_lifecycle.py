@@ -255,7 +255,11 @@ def test_an_idle_fleet_ends_at_once(rounds: int) -> None:
 def start_up(*flags: str) -> tuple[subprocess.Popen[str], list[str]]:
     """`splitfire up pico`, and the lines it printed until it was ready."""
     up = subprocess.Popen(
-        [*SPLITFIRE, "up", "pico", "--port=0", *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        [*SPLITFIRE, "up", "pico", "--port=0", "--http-port=0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
     )
     lines: list[str] = []
     assert up.stdout is not None
@@ -295,7 +299,7 @@ def test_up_says_what_is_ready_and_ctrl_c_ends_everything() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_while_starting_ends_quietly(number: int) -> None:
-    process = subprocess.Popen([*SPLITFIRE, "up", "pico", "--port=0"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen([*SPLITFIRE, "up", "pico", "--port=0", "--http-port=0"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     until(lambda: bool(psutil.Process(process.pid).children()), 30)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
@@ -340,7 +344,12 @@ def test_a_port_in_use_is_one_line_and_exit_code_2() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         ended = subprocess.run(
-            [*SPLITFIRE, "up", "pico", f"--port={port}"], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+            [*SPLITFIRE, "up", "pico", f"--port={port}", "--http-port=0"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=ROOT,
         )
     assert ended.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
@@ -349,7 +358,7 @@ def test_a_port_in_use_is_one_line_and_exit_code_2() -> None:
 
 def test_another_fleets_router_on_the_port_is_not_taken_for_our_own(pico: RunningFleet) -> None:
     port = pico.address.split(":")[1]
-    command = [*SPLITFIRE, "up", "pico", f"--port={port}"]
+    command = [*SPLITFIRE, "up", "pico", f"--port={port}", "--http-port=0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert ended.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
@@ -357,7 +366,7 @@ def test_another_fleets_router_on_the_port_is_not_taken_for_our_own(pico: Runnin
 
 
 def test_a_model_that_is_not_there_is_refused_before_anything_starts() -> None:
-    command = [*SPLITFIRE, "up", "nope", "--port=0"]
+    command = [*SPLITFIRE, "up", "nope", "--port=0", "--http-port=0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "splitfire: nope: No such file or directory; give a model directory, a hub id, or pico\n"
@@ -365,7 +374,7 @@ def test_a_model_that_is_not_there_is_refused_before_anything_starts() -> None:
 
 def test_a_worker_that_cannot_start_ends_the_fleet_with_its_own_line() -> None:
     """F74."""
-    command = [*SPLITFIRE, "up", "pico", "--port=0", "--kv-memory=1MiB"]
+    command = [*SPLITFIRE, "up", "pico", "--port=0", "--http-port=0", "--kv-memory=1MiB"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert ended.returncode == 2
     assert "kv_memory is 1048576 bytes" in ended.stderr

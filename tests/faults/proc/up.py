@@ -98,7 +98,7 @@ def _listens(port: int) -> bool:
 @contextmanager
 def up(prefill: int, decode: int, *flags: str, environment: dict[str, str] | None = None) -> Iterator[Up]:
     """`splitfire up pico`, deterministic (fp32), one thread a worker; nothing of it is left afterwards."""
-    command = [sys.executable, "-m", "splitfire.cli", "up", "pico", "--port=0", "--dtype=fp32"]
+    command = [sys.executable, "-m", "splitfire.cli", "up", "pico", "--port=0", "--http-port=0", "--dtype=fp32"]
     command += [f"--prefill={prefill}", f"--decode={decode}", *flags]
     variables = {**os.environ, "SPLITFIRE_THREADS": "1", **(environment or {})}
     with tempfile.TemporaryDirectory(prefix="splitfire-faults-") as directory:

@@ -1,0 +1,276 @@
+"""JSON of OpenAI's API as messages of inference.proto. Pure.
+
+pydantic says what has the wrong shape; every range is the one validator's. A name that is not known here is refused, and so is a known
+one that asks for what this server does not do: nothing is silently ignored but what is listed as having no effect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from splitfire.core.errors import InvalidInput, Unsupported
+from splitfire.v1 import inference_pb2 as pb
+
+COMPLETION_TOKENS = 16  # of a completion that does not say how many
+TIERS = {
+    "auto": pb.PRIORITY_UNSPECIFIED, "default": pb.PRIORITY_STANDARD, "flex": pb.PRIORITY_BATCH, "priority": pb.PRIORITY_INTERACTIVE,
+}  # fmt: skip
+INT64 = (-(1 << 63), (1 << 63) - 1)
+Int = Annotated[int, Field(strict=True, ge=INT64[0], le=INT64[1])]
+Int32 = Annotated[int, Field(strict=True, ge=-(1 << 31), le=(1 << 31) - 1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Body = TypeVar("Body", bound="Json")
+
+
+class Json(BaseModel):
+    """An object with these names and no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StreamOptions(Json):
+    """What a stream has beside its answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # no effect: nothing is padded
+
+
+class TextPart(Json):
+    """A part of a message; others than text are not known."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Json):
+    """What the model called; `arguments` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Json):
+    """One call of an answer, as a client sends it back."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Json):
+    """One of a conversation. `developer` is what `system` was."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Sequence[TextPart] | None = None
+    name: str | None = None
+    tool_calls: Sequence[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+
+
+class JsonSchema(Json):
+    """A schema by its name; it is always kept to, `strict` or not."""
+
+    name: str = ""
+    description: str = ""
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Json):
+    """What the answer matches. `regex` and `grammar` are this server's own."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+
+class Prediction(Json):
+    """Text that the answer will resemble."""
+
+    type: Literal["content"]
+    content: str | Sequence[TextPart]
+
+
+class Sampled(Json):
+    """What both kinds of completion have."""
+
+    model: str = ""
+    n: Int32 | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    seed: Int | None = None
+    stop: str | Sequence[str] | None = None
+    user: str | None = None  # no effect
+    # Beyond OpenAI's, as other servers have them.
+    top_k: Int | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: Int | None = None
+    stop_token_ids: Sequence[Int] | None = None
+    ignore_eos: bool | None = None
+    request_id: str = ""
+    prompt_cache_key: str = ""
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    metadata: dict[str, str] | None = None
+
+    def begin(self, max_tokens: int | None) -> pb.GenerateRequest:
+        """Everything but the prompt."""
+        sampling = pb.SamplingParams(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty, seed=self.seed, logit_bias=_biases(self.logit_bias or {}),
+        )  # fmt: skip
+        stopping = pb.StoppingParams(
+            max_tokens=max_tokens, min_tokens=self.min_tokens, stop_token_ids=self.stop_token_ids, ignore_eos=self.ignore_eos,
+            stop=[self.stop] if isinstance(self.stop, str) else self.stop,
+        )  # fmt: skip
+        return pb.GenerateRequest(
+            request_id=self.request_id, model=self.model, n=self.n, sampling=sampling, stopping=stopping, metadata=self.metadata,
+            session_id=self.prompt_cache_key, priority=TIERS[self.service_tier or "auto"],
+        )  # fmt: skip
+
+    @property
+    def has_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatBody(Sampled):
+    """POST /v1/chat/completions."""
+
+    messages: Sequence[Message]
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int32 | None = None
+    response_format: ResponseFormat | None = None
+    prediction: Prediction | None = None
+    store: Literal[False] | None = None
+    modalities: Sequence[Literal["text"]] | None = None
+
+    def request(self) -> pb.GenerateRequest:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise InvalidInput("max_tokens", "and max_completion_tokens are the same thing: set one")
+        request = self.begin(self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens)
+        request.messages.extend(chat_messages(self.messages))
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidInput("top_logprobs", "needs logprobs: true")
+        if self.logprobs:
+            request.sampling.logprobs = self.top_logprobs or 0
+        if self.response_format is not None:
+            request.response_format.CopyFrom(_format(self.response_format))
+        if self.prediction is not None:
+            request.predicted_output = _text(self.prediction.content)
+        return request
+
+
+class CompletionBody(Sampled):
+    """POST /v1/completions."""
+
+    prompt: str | Sequence[str] | Sequence[Int] | Sequence[Sequence[Int]]
+    max_tokens: Int | None = None
+    logprobs: Int32 | None = None
+    best_of: Int32 | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+
+    def request(self) -> pb.GenerateRequest:
+        if self.best_of not in (None, 1, self.n):
+            raise Unsupported("best_of", "answers are not ranked here; leave it out")
+        request = self.begin(COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens)
+        text_or_ids = self.prompt
+        if not isinstance(text_or_ids, str) and text_or_ids and not isinstance(text_or_ids[0], int):
+            if len(text_or_ids) > 1:
+                raise InvalidInput("prompt", f"has {len(text_or_ids)} prompts, accepted: 1; send a request for each")
+            text_or_ids = text_or_ids[0]
+        if isinstance(text_or_ids, str):
+            request.text = text_or_ids
+        else:
+            request.prompt_token_ids.extend(text_or_ids)  # type: ignore[arg-type]
+        if self.logprobs is not None:
+            request.sampling.logprobs = self.logprobs
+        return request
+
+
+class TokenizeBody(Json):
+    """POST /tokenize: one of `prompt` and `messages`."""
+
+    model: str = ""
+    prompt: str | None = None
+    messages: Sequence[Message] | None = None
+
+    def request(self) -> pb.TokenizeRequest:
+        return pb.TokenizeRequest(model=self.model, text=self.prompt, messages=chat_messages(self.messages or ()))
+
+
+class DetokenizeBody(Json):
+    """POST /detokenize."""
+
+    model: str = ""
+    tokens: Sequence[Int]
+
+
+def read(kind: type[Body], given: dict[str, Any]) -> Body:
+    """InvalidInput that names the first parameter with a wrong shape."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as exc:
+        raise _complaint(exc) from exc
+
+
+def chat_messages(messages: Sequence[Message]) -> list[pb.ChatMessage]:
+    made = []
+    for i, message in enumerate(messages):
+        if message.tool_calls or message.tool_call_id:
+            raise Unsupported("messages", f"messages[{i}] has a tool call; tools are not supported by this version")
+        role = "system" if message.role == "developer" else message.role
+        made.append(pb.ChatMessage(role=role, content=_text(message.content or "")))
+    return made
+
+
+def _text(content: str | Sequence[TextPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _format(asked: ResponseFormat) -> pb.ResponseFormat:
+    kinds = pb.ResponseFormat
+    if asked.type == "json_schema":
+        if asked.json_schema is None:
+            raise InvalidInput("response_format.json_schema", "is missing")
+        return kinds(type=kinds.TYPE_JSON_SCHEMA, json_schema=json.dumps(asked.json_schema.schema_, ensure_ascii=False))
+    if asked.type == "regex":
+        return kinds(type=kinds.TYPE_REGEX, regex=asked.regex or "")
+    if asked.type == "grammar":
+        return kinds(type=kinds.TYPE_GRAMMAR, grammar=asked.grammar or "")
+    return kinds(type=kinds.TYPE_JSON_OBJECT if asked.type == "json_object" else kinds.TYPE_TEXT)
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    made = {}
+    for name, bias in given.items():
+        if not name.isascii() or not name.isdigit() or len(name) > 10:
+            raise InvalidInput("logit_bias", f"{name[:40]!a} is no token id")
+        made[int(name)] = bias
+    return made
+
+
+def _complaint(error: ValidationError) -> InvalidInput:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            field += f"[{part}]"
+        elif not any(c in part for c in "[]( "):  # else: which of several shapes was tried
+            field += f".{part}" if field else part
+    message = "is not a parameter of this API" if first["type"] == "extra_forbidden" else first["msg"]
+    return InvalidInput(field[:80] or "body", message)
