@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from router.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from router.openai.errors import http_error
 from router.openai.json_body import parse_object
 from router.openai.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read
+from router.openai.tools import Plain, Reader
 from router.status import log_internal, unexpected
 from router.tenants import Tenant
 from splitfire.core import limits
@@ -196,18 +198,26 @@ class HttpApi:
 
     async def _chat(self, exchange: Exchange) -> None:
         asked = read(ChatBody, await exchange.body())
-        await self._generate(exchange, asked.request(), ChatAnswer, is_stream=bool(asked.stream), has_usage=asked.has_usage)
+        make = partial(self._begin, ChatAnswer, "chatcmpl", asked.reader, has_usage=asked.has_usage)
+        await self._generate(exchange, asked.request(), make, is_stream=bool(asked.stream))
 
     async def _complete(self, exchange: Exchange) -> None:
         asked = read(CompletionBody, await exchange.body())
-        await self._generate(exchange, asked.request(), CompletionAnswer, is_stream=bool(asked.stream), has_usage=asked.has_usage)
+        make = partial(self._begin, CompletionAnswer, "cmpl", Plain, has_usage=asked.has_usage)
+        await self._generate(exchange, asked.request(), make, is_stream=bool(asked.stream))
+
+    def _begin(
+        self, kind: type[Answer], prefix: str, make_reader: Callable[[], Reader], request_id: str, *, has_usage: bool
+    ) -> Answer:
+        name, piece = self._inference.model.limits().name, self._inference.detokenizer.piece
+        return kind(f"{prefix}-{request_id}", name, int(time.time()), self._fingerprint(), piece, make_reader, has_usage=has_usage)
 
     async def _generate(
-        self, exchange: Exchange, request: pb.GenerateRequest, kind: type[Answer], *, is_stream: bool, has_usage: bool
+        self, exchange: Exchange, request: pb.GenerateRequest, make: Callable[[str], Answer], *, is_stream: bool
     ) -> None:
         """Runs it until it ends or the client goes."""
         call = Call(_tenant(exchange), exchange.header("traceparent"))
-        answering = asyncio.create_task(self._answer(exchange, request, call, kind, is_stream=is_stream, has_usage=has_usage))
+        answering = asyncio.create_task(self._answer(exchange, request, call, make, is_stream=is_stream))
         leaving = asyncio.create_task(exchange.gone())
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -226,17 +236,14 @@ class HttpApi:
             await exchange.fail(unexpected(exc), call.request_id, call.partial)
 
     async def _answer(
-        self, exchange: Exchange, request: pb.GenerateRequest, call: Call, kind: type[Answer], *, is_stream: bool, has_usage: bool
+        self, exchange: Exchange, request: pb.GenerateRequest, call: Call, make: Callable[[str], Answer], *, is_stream: bool
     ) -> None:
         answer: Answer | None = None
 
         async def write(response: pb.GenerateResponse) -> None:
             nonlocal answer
             if answer is None:
-                model = self._inference.model.limits().name
-                name = f"{'chatcmpl' if kind is ChatAnswer else 'cmpl'}-{call.request_id}"
-                piece = self._inference.detokenizer.piece
-                answer = kind(name, model, int(time.time()), self._fingerprint(), piece, has_usage=has_usage)
+                answer = make(call.request_id)
                 if is_stream:
                     await exchange.begin(200, EVENTS, ((b"x-request-id", call.request_id.encode()),))
             is_summary = response.HasField("summary")

@@ -31,7 +31,7 @@ from splitfire.core.validation import (
     REQUEST_ID,
     ModelLimits,
     ValidRequest,
-    check_messages,
+    check_chat,
     check_predicted,
     check_request,
     check_tokenize_request,
@@ -130,7 +130,7 @@ class Inference:
         model = self.model.limits()
         check_tokenize_request(message, model)
         if message.messages:
-            ids = await self.model.text.encode_chat(check_messages(message.messages, model))
+            ids = await self.model.text.encode_chat(check_chat(message.messages, message.tools, model))
         else:
             ids = await self.model.text.encode(message.text, allow_special=tenant.allow_special)
         return pb.TokenizeResponse(token_ids=ids, context_length=model.context_length)

@@ -42,7 +42,7 @@ from router.text import TextPool
 from router.views import Scan
 from splitfire.core import limits
 from splitfire.core.errors import ConfigError
-from splitfire.core.model_dir import ModelDir, others_who_may_change
+from splitfire.core.model_dir import ModelDir, others_who_may_change, shows_tools
 from splitfire.core.model_source import served_name
 from splitfire.core.settings import LOOPBACK, RouterSettings
 from splitfire.core.telemetry import Telemetry
@@ -108,6 +108,7 @@ class RouterServer:
             eos_token_ids=model.config.eos_token_ids,
             defaults=model.generation,
             has_chat_template=model.chat_template is not None,
+            shows_tools=shows_tools(model.chat_template or ""),
         )
         self._limits_now = self._base_limits
         self._worker_ports: list[str] = []

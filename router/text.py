@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from router.detokenizer import Detokenizer
 from router.processes import Answer, Busy, Died, ProcessPool
 from splitfire.core import limits
+from splitfire.core.chat import Conversation
 from splitfire.core.errors import Exhausted, Internal, InvalidInput
 from splitfire.core.model_dir import ModelDir
-from splitfire.core.validation import ChatTurn
 
 log = structlog.get_logger("router")
 NUM_PROCESSES = 2
@@ -88,9 +88,9 @@ class TextPool:
         ids = self._short.encode(text, add_special_tokens=False) if self._short is not None else None
         return ids if ids is not None else await self._ask({"continuation": text}, field)
 
-    async def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        return await self._ask({"messages": turns}, "messages")
+    async def encode_chat(self, chat: Conversation) -> list[int]:
+        question: Answer = {"messages": [turn.shown() for turn in chat.turns], "tools": [tool.shown() for tool in chat.tools]}
+        return await self._ask(question, "messages")
 
     async def _ask(self, question: Answer, field: str) -> list[int]:
         try:

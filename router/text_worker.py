@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import jinja2.sandbox
@@ -26,6 +27,31 @@ PROBE_CHAT = ({"role": "user", "content": "Hello"}, {"role": "assistant", "conte
 
 class BadInput(Exception):
     """The caller's text or messages cannot be used; the message says why."""
+
+
+class _Guard:
+    """Replaces special-token text in whatever people wrote by marks that no template touches; `originals` has them by mark."""
+
+    def __init__(self, specials: Sequence[str]) -> None:
+        self.originals: dict[str, str] = {}
+        self._specials = specials
+        self._nonce = os.urandom(8).hex()
+
+    def of(self, value: Any) -> Any:
+        """The same, to its last string; names of an object's members too."""
+        if isinstance(value, dict):
+            return {self.of(name): self.of(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self.of(inner) for inner in value]
+        return self._marked(value) if isinstance(value, str) else value
+
+    def _marked(self, text: str) -> str:
+        for special in self._specials:
+            if special in text:
+                mark = f"\ue000{self._nonce}{len(self.originals)}\ue001"
+                self.originals[mark] = special
+                text = text.replace(special, mark)
+        return text
 
 
 class TextEngine:
@@ -62,10 +88,12 @@ class TextEngine:
         """Text in the middle of other text."""
         return self._encode_plain(text, add_special_tokens=False)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Messages through the model's template. Special tokens count in the template, never in what people wrote."""
-        guarded, originals = self._guard(messages)
-        rendered = self._render(guarded)
+    def encode_chat(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Messages, and the tools there are, through the model's template. Special tokens count in the template, never in what
+        people wrote."""
+        guard = _Guard(self._specials)
+        rendered = self._render([guard.of(message) for message in messages], [guard.of(tool) for tool in tools])
+        originals = guard.originals
         ids: list[int] = []
         for piece, is_original in _split(rendered, originals):
             if is_original:
@@ -79,28 +107,14 @@ class TextEngine:
         self._tokenizer.encode_special_tokens = True
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def _guard(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, str]]:
-        """Replaces special-token text inside contents by marks that no template touches; marks -> text."""
-        originals: dict[str, str] = {}
-        nonce = os.urandom(8).hex()
-        guarded = []
-        for message in messages:
-            content = message["content"]
-            for special in self._specials:
-                if special in content:
-                    mark = f"\ue000{nonce}{len(originals)}\ue001"
-                    originals[mark] = special
-                    content = content.replace(special, mark)
-            guarded.append({**message, "content": content})
-        return guarded, originals
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> str:
         if self._template is None:
             raise BadInput("the model has no chat template")
         parts: list[str] = []
         length = 0
         try:
-            for part in self._template.generate(messages=messages, add_generation_prompt=True, **self._template_tokens):
+            given = {"messages": messages, "tools": list(tools) or None, "add_generation_prompt": True, **self._template_tokens}
+            for part in self._template.generate(**given):
                 length += len(part)
                 if length > MAX_RENDERED_CHARS:
                     raise BadInput(f"the rendered conversation is longer than {MAX_RENDERED_CHARS} characters")
@@ -172,7 +186,7 @@ def _answer(engine: TextEngine, question: Answer) -> Answer:
             return {"ids": engine.encode(question["text"], allow_special=question.get("allow_special", False))}
         if "continuation" in question:
             return {"ids": engine.encode_continuation(question["continuation"])}
-        return {"ids": engine.encode_chat(question["messages"])}
+        return {"ids": engine.encode_chat(question["messages"], question["tools"])}
     except BadInput as exc:
         return {"bad": str(exc)}
     except BaseException as exc:

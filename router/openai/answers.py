@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from router.openai.tools import CallPart, Plain, Reader, Said
 from splitfire.v1 import inference_pb2 as pb
 
 FINISH = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
@@ -26,6 +27,9 @@ class ChoiceSoFar:
     finish_reason: str | None = None
     has_begun: bool = False
     num_chars: int = 0  # of text before what comes next
+    reader: Reader = field(default_factory=Plain)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    has_calls: bool = False
 
 
 class Answer:
@@ -34,9 +38,20 @@ class Answer:
     kind = ""  # of the whole object
     chunk_kind = ""
 
-    def __init__(self, request_id: str, model: str, created: int, fingerprint: str, piece: Piece, *, has_usage: bool) -> None:
-        self.id = request_id
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        created: int,
+        fingerprint: str,
+        piece: Piece,
+        make_reader: Callable[[], Reader],
+        *,
+        has_usage: bool,
+    ) -> None:
+        self._request_id = request_id
         self._piece = piece
+        self._make_reader = make_reader
         self._choices: dict[int, ChoiceSoFar] = {}
         self._head = {"id": request_id, "created": created, "model": model, "system_fingerprint": fingerprint}
         self._has_usage = has_usage
@@ -46,11 +61,11 @@ class Answer:
 
     def chunk(self, response: pb.GenerateResponse) -> bytes:
         """What a message adds, as events."""
-        choice = self._choices.setdefault(response.choice, ChoiceSoFar())
+        choice = self._choice(response.choice)
         logprobs = self._logprobs(choice, response)
-        finish_reason = FINISH.get(response.finish_reason)
+        said, finish_reason = self._said(choice, response)
         choice.num_chars += len(response.text)
-        events = self._events(choice, response, logprobs, finish_reason)
+        events = self._events(choice, response.choice, said, logprobs, finish_reason)
         choice.has_begun = True
         return b"".join(events)
 
@@ -63,11 +78,16 @@ class Answer:
 
     def take(self, response: pb.GenerateResponse) -> None:
         """Keeps a message for `whole`."""
-        choice = self._choices.setdefault(response.choice, ChoiceSoFar())
+        choice = self._choice(response.choice)
         choice.logprobs += self._logprobs(choice, response)
-        choice.text.append(response.text)
+        said, choice.finish_reason = self._said(choice, response)
+        choice.text.append(said.text)
         choice.num_chars += len(response.text)
-        choice.finish_reason = FINISH.get(response.finish_reason)
+        for part in said.calls:
+            if part.name is not None:
+                choice.calls.append(self._call(response.choice, part))
+            else:
+                choice.calls[-1]["function"]["arguments"] += part.arguments
 
     def whole(self, summary: pb.Summary) -> bytes:
         choices = [
@@ -76,8 +96,26 @@ class Answer:
         ]
         return json.dumps({"object": self.kind, **self._head, "choices": choices, "usage": usage_of(summary.usage)}).encode()
 
+    def _choice(self, index: int) -> ChoiceSoFar:
+        if index not in self._choices:
+            self._choices[index] = ChoiceSoFar(reader=self._make_reader())
+        return self._choices[index]
+
+    def _said(self, choice: ChoiceSoFar, response: pb.GenerateResponse) -> tuple[Said, str | None]:
+        """What is text and what are calls; and how the choice ends, if it does."""
+        said, reason = choice.reader.push(response.text), FINISH.get(response.finish_reason)
+        if reason is not None:
+            rest = choice.reader.end()
+            said = Said(said.text + rest.text, said.calls + rest.calls)
+        choice.has_calls |= bool(said.calls)
+        return said, "tool_calls" if reason == "stop" and choice.has_calls else reason
+
+    def _call(self, index: int, part: CallPart) -> dict[str, Any]:
+        function = {"name": part.name, "arguments": part.arguments}
+        return {"id": f"call-{self._request_id}-{index}-{part.index}", "type": "function", "function": function}
+
     def _events(
-        self, choice: ChoiceSoFar, response: pb.GenerateResponse, logprobs: list[dict[str, Any]], finish_reason: str | None
+        self, choice: ChoiceSoFar, index: int, said: Said, logprobs: list[dict[str, Any]], finish_reason: str | None
     ) -> list[bytes]:
         raise NotImplementedError
 
@@ -102,20 +140,27 @@ class ChatAnswer(Answer):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
     def _events(
-        self, choice: ChoiceSoFar, response: pb.GenerateResponse, logprobs: list[dict[str, Any]], finish_reason: str | None
+        self, choice: ChoiceSoFar, index: int, said: Said, logprobs: list[dict[str, Any]], finish_reason: str | None
     ) -> list[bytes]:
-        index, shown = response.choice, {"content": logprobs, "refusal": None} if logprobs else None
+        shown = {"content": logprobs, "refusal": None} if logprobs else None
         events = []
         if not choice.has_begun:
             events.append(self._event(index, '"delta": {"role": "assistant", "content": ""}', None, None))
-        if response.text or logprobs:
-            events.append(self._event(index, f'"delta": {{"content": {json.dumps(response.text)}}}', shown, None))
+        if said.text or logprobs:
+            events.append(self._event(index, f'"delta": {{"content": {json.dumps(said.text)}}}', shown, None))
+        for part in said.calls:
+            call: dict[str, Any] = {"function": {"arguments": part.arguments}} if part.name is None else self._call(index, part)
+            events.append(
+                self._event(index, f'"delta": {{"tool_calls": {json.dumps([{"index": part.index, **call}])}}}', None, None)
+            )
         if finish_reason:
             events.append(self._event(index, '"delta": {}', None, finish_reason))
         return events
 
     def _body(self, choice: ChoiceSoFar) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        if choice.calls:
+            message |= {"content": message["content"] or None, "tool_calls": choice.calls}
         return {"message": message, "logprobs": {"content": choice.logprobs, "refusal": None} if choice.logprobs else None}
 
     def _logprobs(self, choice: ChoiceSoFar, response: pb.GenerateResponse) -> list[dict[str, Any]]:
@@ -132,10 +177,10 @@ class CompletionAnswer(Answer):
     kind, chunk_kind = "text_completion", "text_completion"
 
     def _events(
-        self, choice: ChoiceSoFar, response: pb.GenerateResponse, logprobs: list[dict[str, Any]], finish_reason: str | None
+        self, choice: ChoiceSoFar, index: int, said: Said, logprobs: list[dict[str, Any]], finish_reason: str | None
     ) -> list[bytes]:
         shown = _columns(logprobs) if logprobs else None
-        return [self._event(response.choice, f'"text": {json.dumps(response.text)}', shown, finish_reason)]
+        return [self._event(index, f'"text": {json.dumps(said.text)}', shown, finish_reason)]
 
     def _body(self, choice: ChoiceSoFar) -> dict[str, Any]:
         return {"text": "".join(choice.text), "logprobs": _columns(choice.logprobs) if choice.logprobs else None}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from router.openai.tools import Forced, Free, Named, Plain, Reader, call_schema
 from splitfire.core.errors import InvalidInput, Unsupported
 from splitfire.v1 import inference_pb2 as pb
 
@@ -59,6 +60,37 @@ class ToolCall(Json):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+
+
+class Function(Json):
+    """A tool's inside."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = (
+        None  # a call that is forced always keeps to the schema, one that the model chooses to make as well as it can
+    )
+
+
+class ToolBody(Json):
+    """A function that may be called."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(Json):
+    """By its name."""
+
+    name: str
+
+
+class ChosenTool(Json):
+    """The one that has to be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
 
 
 class Message(Json):
@@ -155,6 +187,9 @@ class ChatBody(Sampled):
     top_logprobs: Int32 | None = None
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = None
+    tools: Sequence[ToolBody] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
     modalities: Sequence[Literal["text"]] | None = None
 
@@ -171,7 +206,43 @@ class ChatBody(Sampled):
             request.response_format.CopyFrom(_format(self.response_format))
         if self.prediction is not None:
             request.predicted_output = _text(self.prediction.content)
+        self._add_tools(request)
         return request
+
+    def reader(self) -> Reader:
+        """Of an answer: where the calls are in it."""
+        names = {tool.function.name for tool in self.tools or ()}
+        if not names or self.tool_choice == "none":
+            return Plain()
+        if isinstance(self.tool_choice, ChosenTool):
+            return Named(self.tool_choice.function.name)
+        return Forced(names) if self.tool_choice == "required" else Free(names)
+
+    def _add_tools(self, request: pb.GenerateRequest) -> None:
+        """Tools that the model may choose are shown to it; a call that is demanded is what the answer is held to."""
+        tools = {tool.function.name: tool.function.parameters or {} for tool in self.tools or ()}
+        choice = self.tool_choice
+        if not tools or choice == "none":
+            if choice not in (None, "none", "auto"):
+                raise InvalidInput("tool_choice", "there are no tools to choose from")
+            return
+        if choice in (None, "auto"):
+            request.tools.extend(
+                pb.Tool(
+                    name=t.function.name, description=t.function.description, parameters=json.dumps(t.function.parameters or {})
+                )
+                for t in self.tools or ()
+            )
+            return
+        if self.response_format is not None and self.response_format.type != "text":
+            raise InvalidInput("response_format", "the answer is a call of a tool, which has a form of its own")
+        schema = call_schema(list(tools.items()))
+        if isinstance(choice, ChosenTool):
+            if choice.function.name not in tools:
+                raise InvalidInput("tool_choice.function.name", "is none of tools")
+            schema = tools[choice.function.name] or {"type": "object"}
+        kind = pb.ResponseFormat.TYPE_JSON_SCHEMA
+        request.response_format.CopyFrom(pb.ResponseFormat(type=kind, json_schema=json.dumps(schema, ensure_ascii=False)))
 
 
 class CompletionBody(Sampled):
@@ -230,11 +301,18 @@ def read(kind: type[Body], given: dict[str, Any]) -> Body:
 
 def chat_messages(messages: Sequence[Message]) -> list[pb.ChatMessage]:
     made = []
-    for i, message in enumerate(messages):
-        if message.tool_calls or message.tool_call_id:
-            raise Unsupported("messages", f"messages[{i}] has a tool call; tools are not supported by this version")
+    for message in messages:
         role = "system" if message.role == "developer" else message.role
-        made.append(pb.ChatMessage(role=role, content=_text(message.content or "")))
+        calls = [pb.ToolCall(id=c.id, name=c.function.name, arguments=c.function.arguments) for c in message.tool_calls or ()]
+        made.append(
+            pb.ChatMessage(
+                role=role,
+                content=_text(message.content or ""),
+                tool_calls=calls,
+                tool_call_id=message.tool_call_id or "",
+                name=message.name or "",
+            )
+        )
     return made
 
 

@@ -17,6 +17,7 @@ GREEDY_BELOW = 1e-4  # temperatures under this are greedy
 MAX_PENALTY = 2.0  # presence and frequency, either sign
 MAX_REPETITION_PENALTY = 100.0
 MAX_MESSAGES = 1024
+MAX_TOOLS = 128  # of a request, and calls of a message
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_CHARS = 512
 MAX_MODEL_NAME_CHARS = 128

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Mapping
@@ -107,6 +108,11 @@ class ModelDir:
                 raise ModelError(f"{index.name}: weight_map names {name}, which is not in the directory")
             names.append(name)
         return [self.path / name for name in names]
+
+
+def shows_tools(chat_template: str) -> bool:
+    """Whether it has a place for them."""
+    return re.search(r"\btools\b", chat_template) is not None
 
 
 def weights_digest(files: list[Path]) -> bytes:

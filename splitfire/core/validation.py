@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from splitfire.core import limits
+from splitfire.core.chat import Conversation, check_conversation
 from splitfire.core.errors import ExceedsContext, ExceedsPool, Forbidden, InvalidInput, NotFound, Unsupported
 from splitfire.core.model_config import GenerationDefaults
 from splitfire.core.ranges import check_sampling, check_token_ids, require
@@ -22,7 +23,6 @@ from splitfire.core.sampling import SamplingParams, StopParams, TokenBias
 from splitfire.v1 import inference_pb2 as pb
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
-ROLES = ("system", "user", "assistant", "tool")
 PRIORITIES = frozenset(pb.Priority.values())
 OPERATOR_METADATA = ("chat_template", "chat_template_kwargs", "chat-template", "chat-template-kwargs")
 
@@ -37,15 +37,8 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...] = ()
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     has_chat_template: bool = False
+    shows_tools: bool = False  # the template has a place for them
     pool_tokens: int | None = None  # KV room of the largest decode pool; None: not known
-
-
-@dataclass(frozen=True, slots=True)
-class ChatTurn:
-    """One message of a conversation."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +58,7 @@ class ValidRequest:
     request_id: str  # empty: to be drawn
     text: str | None
     token_ids: tuple[int, ...] | None
-    messages: tuple[ChatTurn, ...] | None
+    messages: Conversation | None
     sampling: SamplingParams
     has_seed: bool
     stopping: StopRequest
@@ -109,8 +102,8 @@ def check_tokenize_request(request: pb.TokenizeRequest, model: ModelLimits) -> N
     require(len(request.messages) <= limits.MAX_MESSAGES, "messages", len(request.messages), f"1 to {limits.MAX_MESSAGES} messages")
     refuse_unknown_fields(request)
     check_model(request.model, model)
-    if request.HasField("text") and request.messages:
-        raise InvalidInput("prompt", "set exactly one of text and messages, not both")
+    if request.HasField("text") and (request.messages or request.tools):
+        raise InvalidInput("prompt", "set exactly one of text and messages, not both; tools go with messages")
     if not request.text and not request.messages:
         raise InvalidInput("prompt", "must not be empty")
 
@@ -128,15 +121,11 @@ def check_model(name: str, model: ModelLimits) -> None:
         raise NotFound(f"model: {name!r} is not served here; ListModels names what is", reason="model_not_found", field="model")
 
 
-def check_messages(messages: Sequence[pb.ChatMessage], model: ModelLimits) -> tuple[ChatTurn, ...]:
-    """Chat messages for a model that has a template."""
-    if not model.has_chat_template:
-        raise InvalidInput("messages", f"{model.name} has no chat template; send text or prompt_token_ids")
-    require(1 <= len(messages) <= limits.MAX_MESSAGES, "messages", len(messages), f"1 to {limits.MAX_MESSAGES} messages")
-    for i, message in enumerate(messages):
-        if message.role not in ROLES:
-            raise InvalidInput(f"messages[{i}].role", f"is {_shown(message.role)}, accepted: {', '.join(ROLES)}")
-    return tuple(ChatTurn(m.role, m.content) for m in messages)
+def check_chat(messages: Sequence[pb.ChatMessage], tools: Sequence[pb.Tool], model: ModelLimits) -> Conversation:
+    """Chat messages, and tools, for a model that has a template for them."""
+    return check_conversation(
+        messages, tools, model=model.name, has_template=model.has_chat_template, shows_tools=model.shows_tools
+    )
 
 
 def resolve_stopping(stopping: StopRequest, num_prompt: int, model: ModelLimits) -> StopParams:
@@ -201,7 +190,7 @@ def _refuse_unsupported(request: pb.GenerateRequest) -> None:
 
 def _check_prompt(
     request: pb.GenerateRequest, model: ModelLimits
-) -> tuple[str | None, tuple[int, ...] | None, tuple[ChatTurn, ...] | None]:
+) -> tuple[str | None, tuple[int, ...] | None, Conversation | None]:
     given = [
         name
         for name, is_set in (
@@ -215,10 +204,12 @@ def _check_prompt(
         raise InvalidInput("prompt", f"set exactly one of text, prompt_token_ids and messages, not {' and '.join(given)}")
     if not given or (given == ["text"] and not request.text):
         raise InvalidInput("prompt", "must not be empty")
+    if request.tools and given != ["messages"]:
+        raise InvalidInput("tools", "need messages: it is their template that shows them")
     if given == ["text"]:
         return request.text, None, None
     if given == ["messages"]:
-        return None, None, check_messages(request.messages, model)
+        return None, None, check_chat(request.messages, request.tools, model)
     check_token_ids("prompt_token_ids", request.prompt_token_ids, model.vocab_size)
     return None, tuple(request.prompt_token_ids), None
 

@@ -251,3 +251,39 @@ def test_with_keys_every_path_wants_one(tmp_path: Path) -> None:
         assert door.client.with_options(api_key=key("alice")).completions.create(model="pico", prompt="a", max_tokens=1).usage
         with pytest.raises(openai.AuthenticationError):
             door.client.models.list()
+
+
+# -- tools
+
+
+def weather(**more: Any) -> Any:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    return [{"type": "function", "function": {"name": "weather", "parameters": schema, **more}}]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_must_be_made_is_made(door: Door, choice: Any) -> None:
+    given = {"tools": weather(), "tool_choice": choice, "max_tokens": 300, "temperature": 1.0, "seed": 4, "extra_body": {}}
+    [whole] = door.chat(**given).choices
+    [call] = whole.message.tool_calls
+    assert whole.finish_reason == "tool_calls"
+    assert call.function.name == "weather"
+    assert list(json.loads(call.function.arguments)) == ["city"]
+    assert whole.message.content is None
+    name, arguments = "", ""
+    for chunk in door.chat(**given, stream=True):
+        for part in chunk.choices[0].delta.tool_calls or ():
+            name += part.function.name or ""
+            arguments += part.function.arguments or ""
+    assert (name, arguments) == ("weather", call.function.arguments)
+
+
+def test_tools_that_the_model_could_not_see_are_refused(door: Door) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        door.chat(tools=weather())
+    assert (caught.value.code, caught.value.param) == ("unsupported_tools", "tools")

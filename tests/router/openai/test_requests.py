@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from router.openai.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read
-from splitfire.core.errors import InvalidInput, SplitfireError, Unsupported
+from splitfire.core.errors import InvalidInput, SplitfireError
 from splitfire.v1 import inference_pb2 as pb
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -102,8 +102,8 @@ def test_formats(asked: dict[str, Any], kind: pb.ResponseFormat.Type.ValueType, 
         ({"top_logprobs": 2}, "top_logprobs", InvalidInput),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", InvalidInput),
         ({"response_format": {"type": "xml"}}, "response_format.type", InvalidInput),
-        ({"tools": []}, "tools", InvalidInput),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages", Unsupported),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", InvalidInput),
+        ({"functions": []}, "functions", InvalidInput),
         ({"service_tier": "gold"}, "service_tier", InvalidInput),
         ({"store": True}, "store", InvalidInput),
     ],
