@@ -8,6 +8,7 @@ cost        processor time a request beside sglang-router and vllm-router, and w
 overload    four times what the workers can do
 cancels     1000 streams cancelled in 100 ms
 w8          the routing workload, beside sglang-router and Dynamo
+http        what HTTP adds to gRPC's first token, and how much it relays beside it
 head        a short prompt behind ten long ones that were cancelled, with real workers
 """
 
@@ -21,6 +22,7 @@ from benchmarks.report import QUICK_RESULTS, RESULTS, Row, write
 from benchmarks.router import dynamo, others, speed
 from benchmarks.router.cost import cost
 from benchmarks.router.head import head
+from benchmarks.router.http import http
 from benchmarks.router.overload import cancels, overload
 from benchmarks.router.w8 import w8
 
@@ -34,6 +36,7 @@ CASES: dict[str, Case] = {
     "overload": overload,
     "cancels": cancels,
     "w8": w8,
+    "http": http,
     "head": head,
 }
 TURNS, SECONDS = 5, 4.0

@@ -21,17 +21,19 @@ class HttpClients:
     """The process's clients, as the benchmark orders them about. Connections are kept open and used again."""
 
     def __init__(self) -> None:
-        self._port = 0
+        self._port, self._model = 0, MODEL
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    def connect(self, port: int) -> None:
+    def connect(self, port: int, model: str = MODEL) -> None:
         for _, writer in self._idle:
             writer.close()
-        self._port, self._idle = port, []
+        self._port, self._model, self._idle = port, model, []
 
     async def closed(self, ask: Ask, streams: int, seconds: float, seed: int) -> list[Answer]:
         draw = random.Random(seed)
-        bodies = itertools.cycle([completion(text_of(draw, ask.text_bytes), ask.max_tokens) for _ in range(NUM_BODIES)])
+        bodies = itertools.cycle(
+            [completion(text_of(draw, ask.text_bytes), ask.max_tokens, self._model) for _ in range(NUM_BODIES)]
+        )
         until = time.perf_counter() + seconds
         answers: list[Answer] = []
 
@@ -53,7 +55,7 @@ class HttpClients:
     async def _ask(self, body: bytes) -> Answer:
         answer = Answer(time.perf_counter())
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         async with asyncio.timeout(TIMEOUT_S):
             status = await reader.readuntil(b"\r\n\r\n")
@@ -67,8 +69,9 @@ class HttpClients:
         return answer
 
 
-def completion(prompt: str, max_tokens: int) -> bytes:
-    return json.dumps({"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0}).encode()
+def completion(prompt: str, max_tokens: int, model: str = MODEL) -> bytes:
+    body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0, "ignore_eos": True}
+    return json.dumps(body).encode()
 
 
 async def _read_events(reader: asyncio.StreamReader, answer: Answer) -> None:

@@ -59,7 +59,8 @@ def test_predicted_output_makes_the_same_answer_from_drafts(pico: RunningFleet) 
 
 
 def test_the_same_seed_gives_the_same_tokens_and_the_summary_tells_it(pico: RunningFleet) -> None:
-    request = pb.GenerateRequest(prompt_token_ids=PROMPT, stopping=pb.StoppingParams(max_tokens=20, ignore_eos=True))
+    stopping = pb.StoppingParams(max_tokens=40, ignore_eos=True)
+    request = pb.GenerateRequest(prompt_token_ids=PROMPT, stopping=stopping, sampling=pb.SamplingParams(temperature=1.5))
     drawn = pico.generate(request)[0]
     request.sampling.seed = drawn.summary.seed
     assert pico.generate(request)[0].ids == drawn.ids

@@ -129,16 +129,16 @@ def test_overload_recovery() -> None:
 
 
 def test_hot_prefix_spills() -> None:
-    """F63: everybody has the same long prefix. One worker has it first; it does not get all the work."""
+    """F63: everybody has the same long prefix, and asks five times as often as who has it first can answer: it does not get all the work."""
 
     async def scene() -> None:
         plan = WorkerPlan("prefill", num_blocks=400, chunk_tokens=16, step_s=0.02)
         async with fleet(prefill=[plan] * 3, decode=[WorkerPlan("decode", num_blocks=2000, max_running=64)] * 2) as sim:
             first = sim.ask(160, 2, seed=7)
             await first.task
-            for i in range(40):
-                sim.ask(170 + i, 4, seed=7)
-                await asyncio.sleep(0.02)
+            for i in range(80):
+                sim.ask(170 + i % 40, 4, seed=7)
+                await asyncio.sleep(0.004)
             await sim.finish()
             cached = sum(a.choice.timeline.cached_tokens for a in sim.asked[1:])
             assert cached > 0.6 * sum(len(a.prompt) for a in sim.asked[1:]), "and yet it is found in caches most of the time"
