@@ -1,6 +1,7 @@
-"""Does the simulator predict our own fleet? One prefill and one decode worker with pico, requests at random times, both ways.
+"""Does the simulator predict our own fleet? One prefill and one decode worker with `smol135` (make checkpoint), requests at random
+times, both ways. With a smaller model the messages take longer than the steps, and only those are simulated.
 
-    python -m benchmarks.predict             # three minutes
+    python -m benchmarks.predict             # eight minutes
     python -m benchmarks.predict --quick     # only shows that it runs
 
 The fleet is measured as `splitfire advise` does, then serves a seeded open-loop load several times; the simulator serves the same
@@ -20,18 +21,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.report import QUICK_RESULTS, RESULTS, Row, write
+from benchmarks.router.rig import ROOT
 from benchmarks.serve.fleets import SPLIT, cores_of, fleet
 from router.simulation.advice import Mix, capacity, poisson
 from router.simulation.engine import Engine
-from router.simulation.fleet import Setup, SimulatedFleet
+from router.simulation.fleet import Setup, simulate
 from router.simulation.profile import read_profile
 from router.simulation.result import result_of
 from router.simulation.trace import Trace
 from splitfire.cli.advise import Answer, measure, save, stream
 from splitfire.cli.client import Client
-from splitfire.core.model_source import resolve_model
 
-MIX = Mix(num_prompt=480, num_output=24)
+CHECKPOINT = ROOT / "build" / "checkpoints" / "smol135"
+MIX = Mix(num_prompt=300, num_output=40)
 LOADS = (0.15, 0.3)  # of what both workers could do without splitting; router and client need the rest of the processors
 TURNS = 3
 MAX_STREAMS = 64
@@ -74,9 +76,7 @@ def numbers(ttfts: Sequence[float], itls: Sequence[float]) -> Numbers:
 
 
 def predicted(engine: Engine, trace: Trace) -> Numbers:
-    simulated = SimulatedFleet(trace, Setup(engine, 1, 1, split="always"))
-    simulated.run()
-    result = result_of(simulated)
+    result = result_of(simulate(trace, Setup(engine, 1, 1, split="always")))
     return Numbers(result.ttft.p50, result.ttft.p90, result.tpot.mean)
 
 
@@ -97,9 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
-    turns, num_requests = (1, 20) if quick else (TURNS, 200)
+    turns, num_requests = (1, 20) if quick else (TURNS, 100)
     found: list[Row] = []
-    with fleet(str(resolve_model("pico")), cores_of(SPLIT, (0, 1)), ()) as started, started.client() as client:
+    with fleet(str(CHECKPOINT), cores_of(SPLIT, (0, 1)), ()) as started, started.client() as client:
         model, profile = client.model(), measure(client)
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "profile.json"

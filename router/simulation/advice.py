@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 
 from router.simulation.engine import Engine
-from router.simulation.fleet import Setup, SimulatedFleet
+from router.simulation.fleet import Setup, simulate
 from router.simulation.result import Result, result_of
 from router.simulation.text import Text
 from router.simulation.trace import Trace
@@ -97,8 +97,7 @@ def advise(
         trace = poisson(mix, rate, num_requests, engine.block_size, seed=0)
         ways = []
         for num_prefill in range(num_workers):
-            fleet = SimulatedFleet(trace, Setup(engine, num_prefill, num_workers - num_prefill))
-            fleet.run()
+            fleet = simulate(trace, Setup(engine, num_prefill, num_workers - num_prefill))
             ways.append(Way(num_prefill, num_workers - num_prefill, result_of(fleet)))
         found.append(Advice(rate, targets, sorted(ways, key=lambda way: way.badness(targets))))
     return found

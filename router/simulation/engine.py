@@ -35,6 +35,18 @@ class Engine:
     is_fifo: bool = False  # else the least work first, with ageing
     overhead_s: float = 0.0  # of a first token, beside its prompt; nobody else waits for it
     shares_steps: bool = True  # else prompts and sequences do not disturb one another
+    # Workers of one machine share its memory and processors: so many times as long a prompt takes while another worker decodes all the
+    # time, and a step while another one computes prompts all the time.
+    prompt_beside: float = 1.0
+    step_beside: float = 1.0
+
+    def beside(self, busy_prompts: float, busy_steps: float) -> Engine:
+        """As it is where the workers that compute prompts do so for a share of the time, and those that decode too."""
+        slower = 1 + (self.prompt_beside - 1) * busy_steps
+        prompt = PromptCost(self.prompt.base_s * slower, self.prompt.token_s * slower, self.prompt.pair_s * slower)
+        slower = 1 + (self.step_beside - 1) * busy_prompts
+        step = StepCost(self.step.base_s * slower, self.step.sequence_s * slower, self.step.context_s * slower)
+        return replace(self, prompt=prompt, step=step)
 
     def times(self, factor: float) -> Engine:
         """So many of them as one: as much memory, as fast."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from router.admission import Admission, AdmissionLimits, Ticket
@@ -42,6 +42,23 @@ class Setup:
     is_shared: bool = False
     is_eager: bool | None = None  # workers queue, however much; as is usual: with every policy but cost
     seed: int = 0
+
+
+def simulate(trace: Trace, setup: Setup) -> SimulatedFleet:
+    """A fleet that has served the trace. Where prefill and decode workers slow one another down, by as much as they were busy: so twice,
+    the first time to see how busy."""
+    fleet = SimulatedFleet(trace, setup)
+    fleet.run()
+    engine = setup.engine
+    if not setup.num_prefill or max(engine.prompt_beside, engine.step_beside) <= 1.0:
+        return fleet
+    seconds = max(job.ended_s or 0.0 for job in fleet.jobs) - fleet.jobs[0].arrival.at_s
+    workers = fleet.workers.values()
+    shares = [min(1.0, sum(w.prompts.busy_s for w in workers if w.is_prefill) / seconds / setup.num_prefill)]
+    shares.append(min(1.0, sum(w.sequences.busy_s for w in workers if not w.is_prefill) / seconds / setup.num_decode))
+    again = SimulatedFleet(trace, replace(setup, engine=engine.beside(*shares)))
+    again.run()
+    return again
 
 
 class SimulatedFleet:

@@ -90,6 +90,7 @@ class Lane:
         self._is_between = False  # steps: what comes is seen by the next one
         self._joining: list[Job] = []
         self.gaps: list[tuple[float, int]] = []  # seconds between two tokens, and how many such there were
+        self.busy_s = 0.0
 
     @property
     def num_decoding(self) -> int:
@@ -136,6 +137,7 @@ class Lane:
         self._is_between = True
         num_decoding = len(self._ends)
         seconds = run.seconds(count)
+        self.busy_s += seconds
         if num_decoding:
             self.gaps.append((seconds / count, num_decoding * count))
         self._num_steps += count

@@ -45,6 +45,10 @@ class Profile:
     block_bytes: int
     bytes_per_s: float
     chunk_tokens: int
+    prompt_beside: float = (
+        1.0  # how much longer a prompt takes while another worker decodes, a step while another one computes prompts
+    )
+    step_beside: float = 1.0
 
     def engine(self) -> Engine:
         base_s, token_s, half_pair_s = fit([(1.0, p.tokens, p.tokens**2) for p in self.prompts], [p.seconds for p in self.prompts])
@@ -59,6 +63,8 @@ class Profile:
             block_bytes=self.block_bytes,
             bytes_per_s=self.bytes_per_s,
             overhead_s=self.overhead_s,
+            prompt_beside=self.prompt_beside,
+            step_beside=self.step_beside,
         )
 
 
@@ -82,6 +88,7 @@ def read_profile(path: Path) -> Profile:
             int(_number(entry, "block_bytes", 1, 1e9)),
             _number(entry, "bytes_per_s", 1, 1e13),
             int(_number(entry, "chunk_tokens", 1, 1 << 20)),
+            *(_number(entry, name, 1, 100) if name in entry else 1.0 for name in ("prompt_beside", "step_beside")),
         )
     except OSError as exc:
         raise ConfigError(f"{path.name}: {exc.strerror or exc}; `splitfire advise --profile FILE` writes one") from exc

@@ -30,6 +30,7 @@ from splitfire.core.errors import ConfigError
 from splitfire.core.model_source import resolve_model, served_name
 from splitfire.v1 import inference_pb2 as pb
 
+BESIDE = 4  # streams that run while prompts are computed
 STREAMS = (1, 4, 16)  # after short prompts; and one after a long one
 STEP_TOKENS, STEP_PROMPT = 96, 32
 MORE_TOKENS = 24  # for each further stream: the first goes on until the last has begun
@@ -57,6 +58,8 @@ class Profile:
     block_bytes: int
     bytes_per_s: float
     chunk_tokens: int
+    prompt_beside: float
+    step_beside: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,9 @@ def measure(client: Client) -> Profile:
         {"streams": count, "context": tokens + _num_output(count) // 2, "seconds": step_s(ask, count, tokens)}
         for count, tokens in cases
     ]
+    length = longest // 2
+    prompt_alone_s = statistics.median(answer.prefill_s for answer in by_length[length])
+    prompt_beside, step_beside = beside(ask, length, prompt_alone_s, float(steps[STREAMS.index(BESIDE)]["seconds"]))
     fleet = client.fleet()
     answers = [answer for some in by_length.values() for answer in some]
     decode = next(worker for worker in fleet.workers if worker.role == pb.ROLE_DECODE)
@@ -163,6 +169,8 @@ def measure(client: Client) -> Profile:
         block_bytes=max((transfer.bytes // transfer.blocks for transfer in moved), default=1),
         bytes_per_s=statistics.median(pair.bytes_per_s for pair in fleet.pairs) if fleet.pairs else UNKNOWN_BYTES_PER_S,
         chunk_tokens=CHUNK_TOKENS,
+        prompt_beside=prompt_beside,
+        step_beside=step_beside,
     )
 
 
@@ -194,6 +202,23 @@ def step_s(ask: Callable[[int, int], Answer], num_streams: int, num_prompt: int)
     if not spans:
         raise ConfigError(f"{num_streams} streams never ran together; is somebody else using the fleet?")
     return statistics.median(spans)
+
+
+def beside(ask: Callable[[int, int], Answer], num_prompt: int, prompt_alone_s: float, step_alone_s: float) -> tuple[float, float]:
+    """How much longer prompts take while BESIDE streams run, and their steps while prompts are computed one after another; at least 1."""
+    num_tokens = min(LONGEST_PROMPT - 2 * STEP_PROMPT, MORE_TOKENS + int(2 * REPEATS * prompt_alone_s / step_alone_s))
+    with ThreadPoolExecutor(BESIDE) as pool:
+        streams = [pool.submit(ask, STEP_PROMPT, num_tokens) for _ in range(BESIDE)]
+        began = time.monotonic()
+        prompts = [ask(num_prompt, 1) for _ in range(REPEATS)]
+        ended = time.monotonic()
+        spans = []
+        for answer in (stream.result() for stream in streams):
+            inside = [at for at in answer.token_times if began <= at <= ended]
+            if len(inside) > 1:
+                spans.append((inside[-1] - inside[0]) / (len(inside) - 1))
+    prompt_s = statistics.median(answer.prefill_s for answer in prompts)
+    return max(1.0, prompt_s / prompt_alone_s), max(1.0, statistics.median(spans) / step_alone_s) if spans else 1.0
 
 
 def _num_output(num_streams: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from router.simulation import w8, workloads
-from router.simulation.fleet import Setup, SimulatedFleet
+from router.simulation.fleet import Setup, SimulatedFleet, simulate
 from router.simulation.result import Result, mean_of, result_of
 from router.simulation.trace import Arrival, Trace
 from splitfire.core.errors import ConfigError
@@ -86,3 +86,15 @@ def test_a_request_that_fits_nowhere_is_refused_before_anything_runs() -> None:
     trace = Trace("t", 16, [Arrival(0.0, 1000, 100, tuple(range(62)))])
     with pytest.raises(ConfigError, match="1100 tokens, prompt and answer, but a worker has room for 1024"):
         SimulatedFleet(trace, Setup(replace(w8.engine(), num_blocks=64), 0, 1))
+
+
+def test_workers_of_one_machine_slow_one_another_down_by_as_much_as_they_are_busy() -> None:
+    """Split, steps take longer by a part of what they would beside prompts without end; without prefill workers nothing changes."""
+    trace = workloads.generate(workloads.CONVERSATION, 0, 200)
+    engine = workloads.large_engine(trace.num_blocks)
+    trace = workloads.at_load(trace, engine, 2, 0.5)
+    slowed = replace(engine, step_beside=2.0)
+    alone, beside = (result_of(simulate(trace, Setup(each, 2, 2))) for each in (engine, slowed))
+    assert 1.1 < beside.itl.mean / alone.itl.mean < 2.0
+    assert beside.ttft.mean == pytest.approx(alone.ttft.mean, rel=0.1)
+    assert result_of(simulate(trace, Setup(slowed, 0, 4))) == result_of(simulate(trace, Setup(engine, 0, 4)))
