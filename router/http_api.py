@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import Receive, Scope, Send
 
+from router.http_server import ABORT
 from router.inference import Call, Inference
 from router.openai.answers import Answer, ChatAnswer, CompletionAnswer
 from router.openai.errors import http_error
@@ -32,6 +33,7 @@ from splitfire.v1 import inference_pb2 as pb
 
 JSON, EVENTS = b"application/json", b"text/event-stream"
 BODY_S = 30.0  # that a body may take to come
+LAST_WORD_S = 2.0
 READ_ON_BYTES = 8 * limits.MAX_MESSAGE_BYTES  # of a body that is too large: who is cut off while he sends does not see why
 MODELS = "/v1/models"
 Handler = Callable[["Exchange"], Awaitable[None]]
@@ -52,6 +54,7 @@ class Exchange:
         self.tenant: Tenant | None = None
         self._receive = receive
         self._send = send
+        self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
 
     def header(self, name: str) -> str:
         """Empty where it is missing, or there more than once."""
@@ -97,10 +100,14 @@ class Exchange:
         """As a status where none was sent yet, else as the last event."""
         error_id = log_internal(error, request_id)
         made = http_error(error, request_id, {**(partial or {}), **error_id})
-        if self.has_begun:
-            await self.write(b"data: " + made.body + b"\n\n", is_last=True)
-        else:
-            await self.answer(made.body, made.status, made.headers)
+        try:
+            async with asyncio.timeout(LAST_WORD_S):
+                if self.has_begun:
+                    await self.write(b"data: " + made.body + b"\n\n", is_last=True)
+                else:
+                    await self.answer(made.body, made.status, made.headers)
+        except TimeoutError:  # who does not read is not told why
+            self._abort()
 
     async def gone(self) -> None:
         """Returns when the client is."""

@@ -28,6 +28,7 @@ IDLE_S = 75.0  # between two requests of a connection
 MAX_CONNECTIONS = 4096
 BACKLOG = 1024
 STOP_S = 1.0
+ABORT = "abort"  # in the state of a request's scope: ends its connection, whatever was not read of it
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -60,6 +61,10 @@ class BoundedHttp(HttpToolsProtocol):
                 self.transport.close()
                 return
         super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"][ABORT] = self.transport.abort
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -114,6 +119,10 @@ class HttpServer:
         self._context = config.ssl
         self._server = _Server(config)
         self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._server.server_state.connections)
 
     def reload(self) -> None:
         """The certificate is read again, for the connections after this."""
