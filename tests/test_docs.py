@@ -89,11 +89,11 @@ def test_every_make_target_does_something() -> None:
         assert said and "Nothing to be done" not in said, target
 
 
-def test_compose_publishes_one_port_and_only_on_loopback() -> None:
-    """S5 for what the file can say; bringing it up in an engine is a test of its own."""
+def test_compose_publishes_the_clients_ports_and_only_on_loopback() -> None:
+    """gRPC and HTTP. S5 for what the file can say; bringing it up in an engine is a test of its own."""
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
     published = [port for service in compose["services"].values() for port in service.get("ports", [])]
-    assert published == ["127.0.0.1:${SPLITFIRE_PORT:-7070}:7070"]
+    assert published == ["127.0.0.1:${SPLITFIRE_PORT:-7070}:7070", "127.0.0.1:${SPLITFIRE_HTTP_PORT:-8000}:8000"]
     for name, service in compose["services"].items():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
