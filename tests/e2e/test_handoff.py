@@ -385,7 +385,9 @@ def test_a_death_with_100_transfers_in_flight_is_noticed_within_one_second(tmp_p
         while asked is None:
             fleet.assert_no_leaks(PEER_DIED_S)
             asked = pile_up(fleet, prompts, list(decodes.values()))
-        least, most = sorted(decodes, key=lambda name: fleet.worker(name).running_sequences)
+        placed = fleet.stub.GetFleet(pb.GetFleetRequest(last=60), timeout=10).decisions  # five of each prompt
+        receivers = [decision.candidates[0].decode_worker_id for decision in placed]
+        least, most = sorted(decodes, key=receivers.count)
         victim, other = decodes[most], decodes[least]
         killed_at = time.time()
         victim.kill()

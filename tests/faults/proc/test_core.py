@@ -22,7 +22,7 @@ from tests.e2e.test_handoff import Asked, new_prompt
 from tests.faults.proc.sick import BLOCKED_S, POISON
 from tests.faults.proc.sick_fleet import LONG_PROMPT, NOT_SERVING, SERVING, Ground, Watched, frozen, some_of_each
 
-LASTING = 400  # tokens of an answer that is not over before its worker is
+LASTING = 1200  # tokens of an answer that is not over before its worker is
 
 
 # -- prefill
