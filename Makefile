@@ -1,17 +1,29 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast test-faults fault-report check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine bench-simulate bench-router test-gpu bench-gpu bench-opponents kernels-report checkpoint pico clean
+.PHONY: demo test test-fast test-browser screenshots test-faults test-compose fault-report check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-arrivals bench-quality bench-transfer bench-scheduler bench-engine bench-simulate bench-router bench-http-load test-gpu bench-gpu bench-opponents kernels-report checkpoint pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
 
-test:            ## all tests
+test:            ## the tests; those marked long are in test-faults
 	scripts/test
 
 test-fast:       ## without the end-to-end tests
 	scripts/test --ignore=tests/e2e
 
+test-browser:    ## the playground in a browser, at real fleets; installs Chromium (Debian's package) and Playwright
+	scripts/browser
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/browser
+
+screenshots:     ## docs/images/playground*.png and top.png, of real fleets
+	scripts/browser
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.browser.screenshots
+
 test-faults:     ## real processes killed, frozen, drained and flooded: those that take minutes
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/faults/proc tests/faults/proc/long
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m long tests --ignore=tests/faults/proc
+
+test-compose:    ## compose.yaml brought up in a Docker engine, hurt, and asked; about a quarter of an hour
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -s tests/compose
 
 fault-report:    ## eight clients while workers are killed and frozen: wrong tokens, lost requests, recovery (ten minutes)
 	.venv/bin/python -m tests.faults.report
@@ -37,10 +49,11 @@ fuzz:            ## a minute of hostile frames and messages, other ones each tim
 
 docs:            ## the pages that are printed from code
 	.venv/bin/python -m kvtransfer.protocol > docs/protocol.md
-	.venv/bin/python -m splitfire.core.settings > docs/settings.md
+	.venv/bin/python -m splitfire.core.flags > docs/settings.md
 	.venv/bin/python -m tests.faults.matrix > docs/faults.md
+	.venv/bin/python -m tests.api_page > docs/api.md
 
-bench: bench-handoff bench-batching bench-idle bench-gap bench-memory bench-quality bench-transfer bench-scheduler bench-engine   ## all benchmarks, into benchmarks/results/
+bench: bench-handoff bench-batching bench-idle bench-gap bench-memory bench-arrivals bench-quality bench-transfer bench-scheduler bench-engine   ## all benchmarks, into benchmarks/results/
 
 kernels-report:  ## every Triton kernel compiled ahead for sm_90, sm_80 and gfx942: registers, spills, shared memory
 	TRITON_DEFAULT_FP_FUSION=1 .venv/bin/python -m benchmarks.kernels
@@ -55,7 +68,8 @@ bench-gpu:       ## every kernel against fp32 and beside its opponents and floor
 bench-quality:
 	.venv/bin/python -m benchmarks.quality
 
-bench-handoff bench-batching bench-idle bench-gap bench-memory: bench-%:  ## one of those that serve
+bench-arrivals: checkpoint
+bench-handoff bench-batching bench-idle bench-gap bench-memory bench-arrivals: bench-%:  ## one of those that serve
 	.venv/bin/python -m benchmarks.serve $*
 
 bench-transfer:  ## the hand-off between two processes; against NIXL where bench-opponents was made
@@ -65,9 +79,13 @@ bench-simulate:  ## what placement reaches in simulation; ten minutes
 	.venv/bin/python -m benchmarks.simulate
 
 # Every bound of the router; about twenty minutes, on a quiet machine; QUICK=--quick only shows that it all runs, nothing is kept.
-bench-router: checkpoint  ## the router with fake workers, beside sglang-router and vllm-router; installs them (60 MB)
+bench-router: checkpoint  ## the router with fake workers, beside sglang-router, vllm-router and Dynamo; installs them (200 MB)
 	benchmarks/router/setup
 	.venv/bin/python -m benchmarks.router $(QUICK)
+
+bench-http-load: ## guidellm, a load tool that nobody here wrote, against `splitfire up pico`; installs it (1.5 GB); QUICK=--quick as above
+	benchmarks/http_load/setup
+	.venv/bin/python -m benchmarks.http_load $(QUICK)
 
 bench-scheduler: ## what a step costs beside the model
 	.venv/bin/python -m benchmarks.scheduler

@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 from benchmarks.edits import Ceiling, Edited, ceiling_of, edit
 from benchmarks.report import QUICK_RESULTS, RESULTS, Row, half_spread, write
 from models.train_pico import END, is_held_out, source_files
+from splitfire.core.flags import parse_settings
 from splitfire.core.hashing import chain_root
 from splitfire.core.sampling import SamplingParams, StopParams
-from splitfire.core.settings import WorkerSettings, parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.drafting import Speculator
 from splitfire.engine.engine import Engine

@@ -9,6 +9,7 @@ from decode_svc.intake import Intake
 from kvtransfer.protocol import NO_ROOM, WITHDRAWN
 from splitfire.core.errors import DataLoss, Mismatch, SplitfireError, Unavailable
 from splitfire.engine.sequence import SeqId
+from splitfire.engine.spent import NOTHING_SPENT, Spent
 from splitfire.engine.updates import SequenceUpdate, plain_update
 from splitfire.v1 import fleet_pb2, inference_pb2, kv_pb2
 from splitfire.worker.context import WorkerContext
@@ -24,8 +25,11 @@ class _Decode:
     intake: Intake | None = None
     first: kv_pb2.FirstToken | None = None  # handed over; repeated in the first frame
     joined_at: float | None = None
-    began: float | None = None  # first step of its own
-    timing: fleet_pb2.WorkerTiming | None = None
+    told_at: float | None = None  # the first token, where its prompt is computed here
+    began: float | None = None  # first token after that, or after the hand-off
+    spent: Spent = NOTHING_SPENT  # of the engine, then
+    busy_s: float = 0.0  # of that first step, by rows
+    num_drafted: int = 0  # since then
     kv_transfer: inference_pb2.KvTransfer | None = None
 
 
@@ -125,7 +129,7 @@ class DecodeService:
             token_ids=[token.token_id for token in update.tokens],
             logprobs=[logprobs for token in update.tokens if (logprobs := logprobs_to_wire(token)) is not None],
             draft_tokens=update.num_drafted,
-            accepted_draft_tokens=update.num_accepted,
+            accepted_offsets=range(update.offset, update.offset + update.num_accepted),
         )
         if decode.first is not None:
             first, decode.first = decode.first, None
@@ -134,41 +138,44 @@ class DecodeService:
             if output.logprobs:
                 output.logprobs.insert(0, first.logprobs)
         if decode.began is None:
-            self._begin(decode, update)
-            output.timing.CopyFrom(decode.timing or fleet_pb2.WorkerTiming())
+            output.timing.CopyFrom(self._begin(decode, update))
+        else:
+            decode.num_drafted += update.num_drafted
         return output
 
-    def _begin(self, decode: _Decode, update: SequenceUpdate) -> None:
-        """The first token made here: how long it took to get to it."""
+    def _begin(self, decode: _Decode, update: SequenceUpdate) -> fleet_pb2.WorkerTiming:
+        """A prompt's first token, if that is computed here; then, or at once, the first token after it: how long it took to get there."""
         job, context, now = decode.job, self._context, self._context.clock()
-        decode.began = now
-        phases = []
+        intake = decode.intake
+        if update.times is not None and intake is None:
+            decode.told_at = now
+            started, done = update.times.started or job.received_at, update.times.prompt_done or now
+            context.telemetry.record("prefill", job.traceparent, started, done)
+            return context.teller.prompt(job.received_at, update.times, now, update.num_cached)
+        step = context.host.latest
+        decode.began, decode.spent = now, step.spent
+        decode.busy_s = step.duration_s * (1 + update.num_drafted) / max(1, step.num_rows)
+        cached, unpack_s = 0, None
+        if intake is not None:
+            cached, unpack_s = intake.num_cached_tokens, intake.receiver.unpack_s
         if decode.joined_at is not None:
-            phases.append(context.phase(job, "join", decode.joined_at, now))
-            context.telemetry.record("join", job.traceparent, decode.joined_at, now, {"splitfire.request_id": job.request_id})
-        elif update.times is not None and update.times.prompt_done is not None:
-            started = update.times.started or job.received_at
-            phases.append(context.phase(job, "prefill-queue", job.received_at, started))
-            phases.append(context.phase(job, "prefill", started, update.times.prompt_done))
-            context.telemetry.record(
-                "prefill", job.traceparent, started, update.times.prompt_done, {"splitfire.request_id": job.request_id}
-            )
-        cached = update.num_cached if decode.intake is None else decode.intake.num_cached_tokens
-        decode.timing = fleet_pb2.WorkerTiming(phases=phases, cached_tokens=cached)
+            context.telemetry.record("join", job.traceparent, decode.joined_at, now)
+        since = decode.joined_at if decode.joined_at is not None else decode.told_at
+        waited_s = now - since if since is not None else 0.0
+        phases = context.teller.second(waited_s, step.duration_s, unpack_s)
+        return fleet_pb2.WorkerTiming(phases=phases, cached_tokens=cached)
 
     def _finish(self, decode: _Decode, update: SequenceUpdate) -> None:
         job, context, now = decode.job, self._context, self._context.clock()
         self._decodes.remove(decode)
-        began = decode.joined_at or decode.began or now
-        timing = fleet_pb2.WorkerTiming(phases=[context.phase(job, "decode", began, now)])
+        began = decode.joined_at or decode.told_at or now
+        spent = context.host.latest.spent.since(decode.spent)
+        timing = fleet_pb2.WorkerTiming(busy_s=decode.busy_s)
+        if decode.began is not None and spent.num_steps:
+            timing.phases.extend(context.teller.rest(spent, now - decode.began))
+            timing.busy_s += spent.row_s * (1 + decode.num_drafted / spent.num_steps)
         num_tokens = update.offset + len(update.tokens) - len(job.spec.output)
-        context.telemetry.record(
-            "decode",
-            job.traceparent,
-            began,
-            now,
-            {"splitfire.request_id": job.request_id, "gen_ai.usage.output_tokens": num_tokens},
-        )
+        context.telemetry.record("decode", job.traceparent, began, now, {"gen_ai.usage.output_tokens": num_tokens})
         reason = inference_pb2.FINISH_REASON_STOP if update.stopped else inference_pb2.FINISH_REASON_LENGTH
         finished = fleet_pb2.Finished(attempt=job.attempt, choice=job.choice, reason=reason, timing=timing)
         if decode.kv_transfer is not None:

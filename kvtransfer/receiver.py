@@ -50,6 +50,7 @@ class Receiver:
         self.bytes_received = 0
         self.wanted_at: float | None = None
         self.done_at: float | None = None
+        self.unpack_s = 0.0  # since the last want, which comes when the prompt is computed: what came before it was hidden
         self._sink = sink
         self._port = port
         self._clock = clock
@@ -131,6 +132,7 @@ class Receiver:
         if want.bytes % block_bytes or not 0 < want.num_slots <= num_blocks <= self.expectation.num_blocks:
             raise IllegalTransition(f"wants {want.bytes} bytes, blocks have {block_bytes}")
         self.wanted_at = self.wanted_at or self._clock()
+        self.unpack_s = 0.0
         self.num_slots_wanted += want.num_slots
         if self.num_slots_wanted > self.expectation.num_blocks:
             raise IllegalTransition(f"wants {self.num_slots_wanted} slots for {self.expectation.num_blocks} blocks")
@@ -252,7 +254,9 @@ class Receiver:
         valid = min(expected.num_tokens, blocks.stop * expected.layout.block_size) - blocks.start * expected.layout.block_size
         if header.num_tokens != valid:
             raise FrameError("bad_token_count", str(header.num_tokens))
+        began = self._clock()
         sums = self._sink.write(blocks.start, len(blocks), payload.blocks)
+        self.unpack_s += self._clock() - began
         if expected.digest_algorithm != DIGEST_OFF and tuple(bind(header, sums)) != payload.digests:
             raise FrameError("kv_digest_mismatch")
         self._advance(RecvEvent.PAYLOAD)

@@ -11,7 +11,7 @@ from prefill_svc.gate import Claim, HoldGate
 from prefill_svc.ship import BlockShipment, Computed, first_token
 from splitfire.core import limits
 from splitfire.core.errors import InvalidInput, Mismatch, SplitfireError, Unavailable
-from splitfire.engine.sequence import SeqId, SequenceTimes
+from splitfire.engine.sequence import SeqId
 from splitfire.engine.updates import SequenceUpdate
 from splitfire.v1 import fleet_pb2, inference_pb2
 from splitfire.worker.context import WorkerContext
@@ -100,6 +100,8 @@ class PrefillService:
                 prefill.shipment.advance(prefill.computed)  # before the token: decode's answer is waited for
         for first in firsts:
             self._send_first(prefill, first)
+        if firsts and prefill.shipment is not None:
+            prefill.shipment.first_token_told()
         if update.is_finished or not prefill.choices:
             self._end(prefill)
 
@@ -139,7 +141,6 @@ class PrefillService:
             {
                 "splitfire.outcome": outcome.value,
                 "splitfire.kv_bytes": shipment.sender.bytes_sent,
-                "splitfire.request_id": job.request_id,
             },
         )
         prefill = self._prefills.get(job.spec.seq_id)
@@ -147,7 +148,7 @@ class PrefillService:
             return
         if outcome is Outcome.RECEIVED:
             self._end(prefill)
-            timing = fleet_pb2.WorkerTiming(phases=[context.phase(job, "ship", shipment.began, now)])
+            timing = fleet_pb2.WorkerTiming(phases=context.teller.shipped(shipment.grant_s, shipment.pack_s))
             transfer_id = shipment.sender.shipment.transfer_id
             job.replies.finished(fleet_pb2.Finished(attempt=job.attempt, timing=timing, transfer_id=transfer_id))
         elif outcome is Outcome.REFUSED:
@@ -212,7 +213,7 @@ class PrefillService:
     def _send_first_token(self, job: Job, update: SequenceUpdate) -> None:
         [token], times, context = update.tokens, update.times, self._context
         assert times is not None
-        sampled_at = times.prompt_done or 0.0
+        sampled_at, told_at = times.prompt_done or 0.0, context.clock()
         logprobs = logprobs_to_wire(token)
         output = fleet_pb2.SequenceOutput(
             attempt=job.attempt,
@@ -220,10 +221,10 @@ class PrefillService:
             offset=update.offset,
             token_ids=[token.token_id],
             logprobs=[logprobs] if logprobs is not None else [],
-            timing=fleet_pb2.WorkerTiming(phases=self._phases(job, times), cached_tokens=update.num_cached),
+            timing=context.teller.prompt(job.received_at, times, told_at, update.num_cached),
         )
         job.replies.output(output)
-        attributes: dict[str, str | int | float | bool] = {"splitfire.request_id": job.request_id, "splitfire.attempt": job.attempt}
+        attributes: dict[str, str | int | float | bool] = {"splitfire.attempt": job.attempt}
         computed = job.spec.num_tokens - update.num_cached
         context.telemetry.record(
             "prefill",
@@ -232,13 +233,7 @@ class PrefillService:
             sampled_at,
             {**attributes, "gen_ai.usage.input_tokens": computed, "gen_ai.usage.cache_read.input_tokens": update.num_cached},
         )
-        context.telemetry.record("first_token", job.traceparent, sampled_at, context.clock(), attributes)
-
-    def _phases(self, job: Job, times: SequenceTimes) -> list[inference_pb2.Phase]:
-        started, done = times.started or job.received_at, times.prompt_done or 0.0
-        phases = [self._context.phase(job, "prefill-queue", job.received_at, started)]
-        phases.append(self._context.phase(job, "prefill", started, done))
-        return phases
+        context.telemetry.record("first_token", job.traceparent, sampled_at, told_at, attributes)
 
     def _end(self, prefill: _Prefill) -> None:
         """Blocks are free with the engine's next turn; a transfer under way is withdrawn."""

@@ -51,6 +51,9 @@ class BlockShipment:
         self.job = job
         self.began = context.clock()
         self.is_closed = False
+        self.pack_s = 0.0  # since the first token was told
+        self._told_at = self.began
+        self._granted_at = self.began
         self._context = context
         self._owner = owner
         self._computed = Computed()
@@ -64,6 +67,15 @@ class BlockShipment:
         if computed.firsts:
             self.sender.finish(computed.firsts)
 
+    def first_token_told(self) -> None:
+        """What comes from now on keeps the second token waiting."""
+        self.pack_s, self._told_at = 0.0, self._context.clock()
+
+    @property
+    def grant_s(self) -> float:
+        """Waited for room at the receiver after the first token was told."""
+        return max(0.0, self._granted_at - self._told_at)
+
     def withdraw(self, reason: str) -> None:
         """The transfer is not needed any more. `on_closed` is called before this returns, unless it was before."""
         self.sender.abort(reason)
@@ -75,10 +87,14 @@ class BlockShipment:
         num_tokens = min(spec.num_tokens - first_block * layout.block_size, num_blocks * layout.block_size)
         ids = self._computed.block_ids[first_block : first_block + num_blocks]
         pool = self._context.host.engine.runner.pool
+        began = self._context.clock()
         with on_handoff_stream(pool.raw.device):
-            return pack(pool, ids, num_tokens, dtype, slot_tensor(payload), digest=digest)
+            sums = pack(pool, ids, num_tokens, dtype, slot_tensor(payload), digest=digest)
+        self.pack_s += self._context.clock() - began
+        return sums
 
     def granted(self) -> None:
+        self._granted_at = self._context.clock()
         self._owner.on_granted(self)
 
     def closed(self, outcome: Outcome, reason: str) -> None:

@@ -13,10 +13,11 @@ import uvloop
 
 from router.server import RouterServer
 from splitfire.core.errors import ConfigError
+from splitfire.core.flags import exit_with, parse_settings
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.model_source import resolve_model
 from splitfire.core.process import end_with_parent, require_environment
-from splitfire.core.settings import RouterSettings, exit_with, parse_settings
+from splitfire.core.settings import RouterSettings
 from splitfire.core.telemetry import configure_logging
 
 

@@ -35,8 +35,10 @@ NEEDS: Mapping[str, Need] = {
     "/splitfire.v1.Inference/Tokenize": Need.KEY,
     "/splitfire.v1.Inference/ListModels": Need.KEY,
     "/splitfire.v1.Inference/GetFleet": Need.VIEW,
+    "/splitfire.v1.Inference/GetTraces": Need.KEY,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Need.VIEW,
     # HTTP
+    "/": Need.NOTHING,  # a page that holds nothing; what it asks for needs the key that is typed into it
     "/health": Need.NOTHING,
     "/v1/models": Need.KEY,
     "/v1/models/*": Need.KEY,
@@ -44,6 +46,12 @@ NEEDS: Mapping[str, Need] = {
     "/v1/completions": Need.KEY,
     "/tokenize": Need.KEY,
     "/detokenize": Need.KEY,
+    "/v1/files": Need.KEY,
+    "/v1/files/*": Need.KEY,
+    "/v1/files/*/content": Need.KEY,
+    "/v1/batches": Need.KEY,
+    "/v1/batches/*": Need.KEY,
+    "/v1/batches/*/cancel": Need.KEY,
 }
 
 
@@ -78,6 +86,14 @@ class Access:
         if not key:
             raise Unauthenticated("send the metadata `authorization: Bearer KEY`, once", reason="no_api_key")
         return self.keys.find(key, self._today())
+
+    def named(self, name: str) -> Tenant | None:
+        """A tenant whose work goes on though nobody calls. None: there is none of that name, or no longer."""
+        if name == self._operator.name and self._token is not None:
+            return self._operator
+        if self.keys is None:
+            return self._everybody if name == self._everybody.name else None
+        return self.keys.named(name, self._today())
 
     def is_tenants(self, key: str) -> bool:
         """Whether it is an API key, and so nothing that a worker would show."""

@@ -19,12 +19,14 @@ from router.ejection import is_workers_fault
 from router.fleet import Fleet
 from router.placing import Room
 from router.retries import WorkerLost
+from router.timeline import believed_s
 from splitfire.core import limits
 from splitfire.core.errors import Code, DataLoss, Internal, SplitfireError, Unavailable
 from splitfire.core.lifecycle import ReqEvent
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 log = structlog.get_logger("router")
+MAX_OUTCOMES = 32  # of hand-offs that are told apart
 CHARGED_AT = 16  # tokens
 # Refusals by which two workers cannot, or cannot now, exchange KV, though both live.
 PAIR_BROKE = frozenset(
@@ -112,24 +114,19 @@ class Attempt:
         had = len(choice.ids) if choice is not None else 0
         broken = choice.append(output, self._vocab_size) if choice is not None else f"tokens for choice {output.choice}"
         if choice is None or broken:
-            request_id = next(iter(self.choices.values())).plan.request_id
-            log.error("worker broke the protocol", request_id=request_id, detail=broken)
+            plan = next(iter(self.choices.values())).plan
+            log.error("worker broke the protocol", request_id=plan.request_id, trace_id=plan.trace_id, detail=broken)
             self._fleet.strike(incarnation, "worker_protocol_error")
             self._fail(Unavailable("a worker broke the protocol", reason="worker_protocol_error"), incarnation)
             return
-        if output.HasField("timing"):
-            choice.timeline.worker_phases.extend(output.timing.phases)
-            if incarnation == self.placement.computing:  # what was not computed, not what did not move
-                choice.timeline.cached_tokens = output.timing.cached_tokens
-                self._fleet.computed(self.number, incarnation, self.work, output.timing)
+        if had < 2 or had == self.resumed_at or output.HasField("timing"):
+            self._account(incarnation, choice, output, had)
         self._num_uncharged += len(choice.ids) - had
         if self._num_uncharged >= CHARGED_AT:
             self.charge(self._num_uncharged)
             self._num_uncharged = 0
         if had == self.resumed_at and len(choice.ids) > had:
             self._fleet.started(self.number, self.placement)
-            if choice.timeline.first_token_at is None:
-                choice.timeline.first_token_at = time.monotonic()
             choice.advance(ReqEvent.TOKEN)
         if incarnation == self.placement.decode and not self._has_decoded:
             self._has_decoded = True
@@ -140,7 +137,8 @@ class Attempt:
             choice = self.choices.get(finished.choice)
             if choice is None:
                 return
-            choice.timeline.worker_phases.extend(finished.timing.phases)
+            choice.timeline.finished(finished.timing.phases)
+            choice.timeline.decode_busy_s += believed_s(finished.timing.busy_s)
             if finished.HasField("kv_transfer"):
                 choice.timeline.kv_transfer = finished.kv_transfer
             choice.finish(finished.reason)
@@ -152,8 +150,10 @@ class Attempt:
             self.leave(choice, at=incarnation)
         elif incarnation == self.placement.prefill:
             for choice in self.choices.values():
-                choice.timeline.worker_phases.extend(finished.timing.phases)
+                choice.timeline.shipped(finished.timing.phases)
             self._is_prefill_over = True
+            if finished.transfer_id:
+                self._fleet.handoffs["received"] += 1
             self._fleet.end(self.number, incarnation, None)
             if finished.transfer_id != self.transfer_id:  # shipped, but to the worker whose loss made us redirect it
                 self._fail(Unavailable("a worker was lost", reason="no_decode"))
@@ -162,6 +162,8 @@ class Attempt:
     def on_refused(self, incarnation: bytes, refused: fleet_pb2.Refused) -> None:
         if refused.is_held and refused.transfer_id != self.transfer_id:
             return  # of a hand-off that was given up already
+        if refused.reason.startswith(("handoff", "kv_")) and len(self._fleet.handoffs) < MAX_OUTCOMES:
+            self._fleet.handoffs[refused.reason] += 1
         is_of_one = refused.HasField("choice")
         if not refused.is_held and not is_of_one:
             self._fleet.end(self.number, incarnation, None)
@@ -203,6 +205,16 @@ class Attempt:
         self._fail(WorkerLost(reason, is_death=is_death, was_computing=was_computing), incarnation)
 
     # -- inside
+
+    def _account(self, incarnation: bytes, choice: Choice, output: fleet_pb2.SequenceOutput, had: int) -> None:
+        """Where its time went, as far as the worker says."""
+        timeline, timing = choice.timeline, output.timing
+        timeline.told(timing.phases, had, len(choice.ids), time.monotonic())
+        has_prompt = any(phase.leg == inference_pb2.LEG_FIRST_TOKEN for phase in timing.phases)
+        if has_prompt and incarnation == self.placement.computing:  # what was not computed, not what did not move
+            timeline.cached_tokens = timing.cached_tokens
+            timeline.prefill_busy_s += believed_s(timing.busy_s)
+            self._fleet.computed(self.number, incarnation, self.work, timing)
 
     def _redirect(self) -> bool:
         """Whether another decode worker takes the prompt, which its prefill worker still has."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from router.retries import Tries
+from router.timeline import Timeline
 from splitfire.core.hashing import BlockHash
 from splitfire.core.lifecycle import REQUEST, Req, ReqEvent, advance
 from splitfire.core.response_format import OutputGrammar
 from splitfire.core.sampling import SamplingParams, StopParams
+from splitfire.core.wire import trace_id_of
 from splitfire.v1 import fleet_pb2, inference_pb2
 
 
@@ -38,19 +40,10 @@ class RequestPlan:
     max_running: int | None = None  # the tenant's, choices of requests
     cache_salt: bytes = b""  # the tenant's: requests of two tenants never share cached blocks
 
-
-@dataclass(slots=True)
-class Timeline:
-    """Instants of one choice on this process's clock, and what workers measured, laid out from dispatch."""
-
-    queued_at: float = 0.0
-    place_began: float = 0.0
-    placed_at: float = 0.0
-    dispatched_at: float = 0.0
-    first_token_at: float | None = None
-    worker_phases: list[inference_pb2.Phase] = field(default_factory=list)
-    cached_tokens: int = 0
-    kv_transfer: inference_pb2.KvTransfer | None = None
+    @property
+    def trace_id(self) -> str:
+        """Empty when tracing is off."""
+        return trace_id_of(self.traceparent)
 
 
 class Choice:
@@ -63,9 +56,9 @@ class Choice:
         self.ids: list[int] = []  # at most max_tokens, so bounded
         self.logprobs: list[inference_pb2.TokenLogprobs] = []
         self.draft_tokens = 0  # of all its attempts, as far as they told
-        self.accepted_draft_tokens = 0
+        self.accepted_offsets: list[int] = []  # of tokens that were drafts: rising, as far as workers told
         self.finish_reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED
-        self.timeline = Timeline()
+        self.timeline = Timeline(plan.accepted_at)
         self.failed_at: set[bytes] = set()  # incarnations of workers that an attempt failed at
         self.tries = Tries()
         self.hashed: tuple[bytes, int] | None = None  # the fingerprint, and of how many blocks, the next two are
@@ -112,7 +105,8 @@ class Choice:
             self.logprobs.extend(output.logprobs[overlap:])
         self.ids.extend(fresh)
         self.draft_tokens += output.draft_tokens
-        self.accepted_draft_tokens += output.accepted_draft_tokens
+        if output.accepted_offsets:
+            self.accepted_offsets += (at for at in output.accepted_offsets if offset + overlap <= at < len(self.ids))
         if fresh:
             self._changed.set()
         return ""
@@ -120,34 +114,3 @@ class Choice:
     def finish(self, reason: inference_pb2.FinishReason.ValueType) -> None:
         self.finish_reason = reason
         self._changed.set()
-
-
-def phases_of(choice: Choice, queued_at: float, streamed_at: float) -> Sequence[inference_pb2.Phase]:
-    """The waterfall of one choice: the router's own instants, and worker durations laid out from dispatch."""
-    timeline, accepted_at = choice.timeline, choice.plan.accepted_at
-    phases = [
-        _phase("accept", accepted_at, accepted_at, queued_at),
-        _phase("admit", accepted_at, queued_at, timeline.place_began),
-        _phase("place", accepted_at, timeline.place_began, timeline.placed_at),
-        _phase("dispatch", accepted_at, timeline.placed_at, timeline.dispatched_at),
-    ]
-    base = timeline.dispatched_at - accepted_at
-    for phase in timeline.worker_phases:
-        shifted = inference_pb2.Phase()
-        shifted.CopyFrom(phase)
-        shifted.start_s += base
-        phases.append(shifted)
-    if timeline.first_token_at is not None:
-        prefilled = max((p.start_s + p.duration_s for p in phases if p.name == "prefill"), default=base)
-        first = timeline.first_token_at - accepted_at
-        phases.append(
-            inference_pb2.Phase(
-                name="first_token", start_s=min(prefilled, first), duration_s=max(0.0, first - prefilled), worker="router"
-            )
-        )
-        phases.append(_phase("stream", accepted_at, timeline.first_token_at, streamed_at))
-    return sorted(phases, key=lambda p: p.start_s)
-
-
-def _phase(name: str, accepted_at: float, began: float, ended: float) -> inference_pb2.Phase:
-    return inference_pb2.Phase(name=name, start_s=began - accepted_at, duration_s=max(0.0, ended - began), worker="router")

@@ -10,10 +10,13 @@ from router.ejection import Circuit
 from router.fleet import Fleet
 from router.placing import Placed, Placing
 from router.policies import PolicyName
+from router.timeline import LEG_NAMES
 from router.views import Candidate
 from router.worker_handle import WorkerHandle
 from splitfire.core.telemetry import Attributes
 from splitfire.v1 import inference_pb2 as pb
+
+NUM_SHOWN = 4  # candidates of a decision
 
 
 class Describer:
@@ -80,7 +83,7 @@ class Describer:
             request_id=placed.request_id,
             prompt_tokens=placed.num_tokens,
             policy=self._policy,
-            candidates=[self._candidate(candidate) for candidate in placed.decision.explain()],
+            candidates=[self._candidate(candidate) for candidate in placed.decision.explain(NUM_SHOWN)],
         )
 
     def _candidate(self, candidate: Candidate) -> pb.Candidate:
@@ -112,3 +115,20 @@ def cost_attributes(candidate: Candidate) -> Attributes:
     milliseconds = {f"splitfire.place.{part}_ms": round(1e3 * value, 3) for part, value in seconds.items()}
     tokens = {"cached_tokens": candidate.cached_tokens, "present_tokens": candidate.present_tokens}
     return {**milliseconds, **{f"splitfire.place.{name}": value for name, value in tokens.items()}}
+
+
+def request_attributes(summary: pb.Summary, model: str, outcome: str) -> Attributes:
+    """What a request's own span tells of it, by OpenTelemetry's names where it has one."""
+    usage = summary.usage
+    attributes: dict[str, str | int | float | bool] = {
+        "splitfire.request_id": summary.request_id, "splitfire.outcome": outcome,
+        "gen_ai.operation.name": "generate", "gen_ai.request.model": model,
+        "gen_ai.usage.input_tokens": usage.prompt_tokens, "gen_ai.usage.output_tokens": usage.generated_tokens,
+        "gen_ai.usage.cache_read.input_tokens": usage.cached_prompt_tokens,
+        "splitfire.first_token_ms": round(1e3 * summary.first_token_s, 3),
+        "splitfire.second_token_ms": round(1e3 * summary.second_token_s, 3), "splitfire.rest_ms": round(1e3 * summary.rest_s, 3),
+    }  # fmt: skip
+    for phase in summary.phases:
+        name = f"splitfire.{LEG_NAMES[phase.leg]}.{phase.name}_ms"
+        attributes[name] = round(float(attributes.get(name, 0.0)) + 1e3 * phase.duration_s, 3)
+    return attributes

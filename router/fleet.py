@@ -7,6 +7,7 @@ peers are told. Two workers are only ever paired if their model fingerprints are
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
@@ -17,6 +18,7 @@ from router.guard import Guard
 from router.hello import check_hello, clamp
 from router.pairs import Pair, Pairs, is_possible
 from router.prefix_index import CacheChange, PrefixIndex
+from router.timeline import believed_s
 from router.views import Placement, Roles, Scan, WorkerView, roles_of
 from router.worker_handle import AttemptEvents, PromptWork, WorkerHandle
 from splitfire.core import limits
@@ -42,6 +44,7 @@ class Fleet:
         self._workers: dict[bytes, WorkerHandle] = {}
         self.pairs = Pairs()
         self.guard = Guard(self._workers, on_change)
+        self.handoffs: Counter[str] = Counter()  # that ended, by how: counted by attempts
         self._index = PrefixIndex(limits.MAX_INDEXED_BLOCKS, time.monotonic)
         self._views: list[WorkerView] = []
         self._roles = Roles((), ())
@@ -155,7 +158,7 @@ class Fleet:
     def computed(self, attempt: int, incarnation: bytes, work: PromptWork, timing: fleet_pb2.WorkerTiming) -> None:
         """What a prompt's first token says of the worker that computed it."""
         worker = self._workers.get(incarnation)
-        seconds = sum(phase.duration_s for phase in timing.phases if phase.name == "prefill")
+        seconds = sum(believed_s(phase.duration_s) for phase in timing.phases if phase.name == "prefill")
         if worker is not None and seconds:
             worker.measured(attempt, work, min(timing.cached_tokens, work.num_tokens), seconds)
             self._touch_unknown()

@@ -88,6 +88,7 @@ class Flow:
             if error is None or choice.is_finished:
                 choice.advance(ReqEvent.FINISH)
                 return
+            choice.timeline.interrupted(time.monotonic())
             following = tries.after(error, self._retries)
             log.warning(
                 "attempt failed",
@@ -149,7 +150,7 @@ class Flow:
             return len(choices)
 
         for one in choices:
-            one.timeline.queued_at = time.monotonic()
+            one.timeline.queued(time.monotonic())
         work = self.placing.least_work(choice)
         ticket: Ticket[Scan, Room] = Ticket(
             tenant=plan.tenant,
@@ -197,10 +198,10 @@ class Flow:
 
     def _record(self, choice: Choice, attempt: Attempt) -> None:
         plan, timeline, now = choice.plan, choice.timeline, time.monotonic()
-        timeline.dispatched_at = now
+        timeline.dispatched(now)
         if not self._telemetry.is_on:
             return
-        attributes: Attributes = {"splitfire.request_id": plan.request_id, "splitfire.choice": choice.index}
+        attributes: Attributes = {"splitfire.choice": choice.index}
         self._telemetry.record("admit", plan.traceparent, timeline.queued_at, timeline.place_began, attributes)
         placed_on = {**attributes, **self._names(attempt.placement), **self._costs(plan.request_id)}
         self._telemetry.record("place", plan.traceparent, timeline.place_began, timeline.placed_at, placed_on)
@@ -212,7 +213,6 @@ class Flow:
         choices, placement = list(attempt.choices.values()), attempt.placement
         plan = choices[0].plan
         for choice in choices:
-            choice.timeline.worker_phases.clear()  # of an attempt before
             choice.advance(ReqEvent.DISPATCH)
             self._record(choice, attempt)
         send(attempt, self.fleet)
@@ -231,13 +231,14 @@ class Flow:
         self.fleet.move(attempt.number, placement.decode, moved.decode, attempt.work.num_tokens, attempt)
         attempt.placement = moved
         send_again(attempt, prefill, decode)
-        log.info("redirected", request_id=choices[0].plan.request_id, to=decode.hello.worker_id)
+        plan = choices[0].plan
+        log.info("redirected", request_id=plan.request_id, trace_id=plan.trace_id, to=decode.hello.worker_id)
         return True
 
     def _costs(self, request_id: str) -> Attributes:
         """Of the candidate that was taken, in ms."""
         placed = next((placed for placed in self.placing.latest if placed.request_id == request_id), None)
-        return cost_attributes(placed.decision.explain()[0]) if placed is not None else {}
+        return cost_attributes(placed.decision.explain(1)[0]) if placed is not None else {}
 
     def _names(self, placement: Placement) -> dict[str, str]:
         parts = (("splitfire.prefill_worker", placement.prefill), ("splitfire.decode_worker", placement.decode))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import grpc
@@ -13,6 +15,10 @@ from splitfire.core.errors import SplitfireError
 
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
+
+
+# Of the call that this task serves: its message may still be on the way.
+arrived_at: ContextVar[float] = ContextVar("arrived_at")
 
 
 class Gate(grpc.aio.ServerInterceptor):
@@ -26,6 +32,7 @@ class Gate(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Asked, Answered] | None]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Asked, Answered] | None:
+        arrived_at.set(time.monotonic())
         try:
             self._access.check(details.method, details.invocation_metadata)
         except SplitfireError as exc:

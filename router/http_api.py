@@ -1,4 +1,4 @@
-"""The HTTP door to `inference.py`: OpenAI's API. Every path is refused unless `access.py` names it.
+"""The HTTP door to `inference.py`: OpenAI's API, and a page to try it. Every path is refused unless `access.py` names it.
 
 A handler reads its whole body within bounds, runs, and answers once or as server-sent events. A client that goes away cancels its work.
 """
@@ -9,25 +9,26 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.types import Receive, Scope, Send
 
+from router.access import NEEDS, Need
+from router.completions import Asked, Completions
 from router.http_server import ABORT
 from router.inference import Call, Inference
-from router.openai.answers import Answer, ChatAnswer, CompletionAnswer
+from router.openai.answers import Answer
 from router.openai.errors import http_error
-from router.openai.json_body import parse_object
-from router.openai.requests import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, read
-from router.openai.tools import Plain, Reader
+from router.openai.requests import DetokenizeBody, TokenizeBody, read
+from router.playground import CONTENT_TYPE, read_page
 from router.status import log_internal, unexpected
 from router.tenants import Tenant
 from splitfire.core import limits
 from splitfire.core.errors import Forbidden, InvalidInput, NotFound, SplitfireError, Unavailable
 from splitfire.core.ranges import check_token_ids, require
+from splitfire.core.strict_json import parse_object
 from splitfire.core.validation import check_model
 from splitfire.v1 import inference_pb2 as pb
 
@@ -35,8 +36,19 @@ JSON, EVENTS = b"application/json", b"text/event-stream"
 BODY_S = 30.0  # that a body may take to come
 LAST_WORD_S = 2.0
 READ_ON_BYTES = 8 * limits.MAX_MESSAGE_BYTES  # of a body that is too large: who is cut off while he sends does not see why
+SKIP_S = 5.0
 MODELS = "/v1/models"
+WITH_IDS = ("files", "batches")
+FILE_PATHS: Mapping[str, tuple[str, ...]] = {
+    "/v1/files": ("GET", "POST"),
+    "/v1/files/*": ("GET", "DELETE"),
+    "/v1/files/*/content": ("GET",),
+    "/v1/batches": ("GET", "POST"),
+    "/v1/batches/*": ("GET",),
+    "/v1/batches/*/cancel": ("POST",),
+}
 Handler = Callable[["Exchange"], Awaitable[None]]
+Routes = Mapping[str, Mapping[str, Handler]]  # by path and method
 
 
 class Gone(Exception):
@@ -50,8 +62,12 @@ class Exchange:
         self.path: str = scope["path"]
         self.method: str = scope["method"]
         self.headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        self.query: bytes = scope.get("query_string", b"")
+        self.arrived_at = time.monotonic()  # its body may still be on the way
         self.has_begun = False
         self.tenant: Tenant | None = None
+        self._is_whole = not self.header("transfer-encoding") and self.header("content-length") in ("", "0")  # nothing more comes
+        self._loop = asyncio.get_running_loop()
         self._receive = receive
         self._send = send
         self._abort: Callable[[], None] = scope.get("state", {}).get(ABORT, lambda: None)
@@ -65,26 +81,36 @@ class Exchange:
         """The JSON object that was sent, of at most MAX_REQUEST_BYTES."""
         if self.header("content-type").split(";")[0].strip().lower() != "application/json":
             raise InvalidInput("body", "must be application/json, by its Content-Type", reason="content_type")
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(BODY_S):
-                while True:
+        return parse_object(b"".join([piece async for piece in self.pieces(limits.MAX_MESSAGE_BYTES, BODY_S)]))
+
+    async def pieces(self, max_bytes: int, most_s: float) -> AsyncIterator[bytes]:
+        """The body as it comes. InvalidInput when it is longer, or takes longer, or stands still for BODY_S."""
+        size, deadline = 0, self._loop.time() + most_s
+        while not self._is_whole:
+            try:
+                async with asyncio.timeout(min(BODY_S, deadline - self._loop.time())):
                     message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        raise Gone
-                    part, is_last = message.get("body", b""), not message.get("more_body")
-                    size += len(part)
-                    if size <= limits.MAX_MESSAGE_BYTES:
-                        parts.append(part)
-                    elif is_last or size > READ_ON_BYTES:
-                        raise InvalidInput("body", f"is larger than {limits.MAX_MESSAGE_BYTES} bytes", reason="body_too_large")
-                    if is_last:
-                        return parse_object(b"".join(parts))
-        except TimeoutError as exc:
-            raise InvalidInput("body", f"did not come within {BODY_S:g} s", reason="body_timeout") from exc
+            except TimeoutError as exc:
+                raise InvalidInput("body", f"did not come within {most_s:g} s", reason="body_timeout") from exc
+            if message["type"] == "http.disconnect":
+                raise Gone
+            piece, self._is_whole = message.get("body", b""), not message.get("more_body")
+            size += len(piece)
+            if size <= max_bytes:
+                yield piece
+            elif self._is_whole or size > max_bytes + READ_ON_BYTES:
+                raise InvalidInput("body", f"is larger than {max_bytes} bytes", reason="body_too_large")
+
+    async def skip_body(self) -> None:
+        """What is still to come, within bounds: who is cut off while he sends does not see why."""
+        with contextlib.suppress(InvalidInput):
+            async for _ in self.pieces(READ_ON_BYTES, SKIP_S):
+                pass
 
     async def begin(self, status: int, content_type: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
-        fixed = ((b"content-type", content_type), (b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff"))
+        fixed = [(b"content-type", content_type), (b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+        if not self._is_whole:  # what is still sent is nobody's
+            fixed.append((b"connection", b"close"))
         self.has_begun = True
         await self._send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
 
@@ -107,7 +133,11 @@ class Exchange:
                 else:
                     await self.answer(made.body, made.status, made.headers)
         except TimeoutError:  # who does not read is not told why
-            self._abort()
+            self.abort()
+
+    def abort(self) -> None:
+        """Ends the connection: what was begun cannot be ended otherwise."""
+        self._abort()
 
     async def gone(self) -> None:
         """Returns when the client is."""
@@ -119,20 +149,30 @@ class HttpApi:
     """An ASGI application."""
 
     def __init__(
-        self, inference: Inference, fingerprint: Callable[[], str], can_serve: Callable[[], bool], *, is_loopback: bool
+        self,
+        inference: Inference,
+        fingerprint: Callable[[], str],
+        can_serve: Callable[[], bool],
+        *,
+        is_loopback: bool,
+        files: Routes | None = None,  # of FILE_PATHS; None: they are off
     ) -> None:
         self._inference = inference
-        self._fingerprint = fingerprint
+        self._completions = Completions(inference, fingerprint)
         self._can_serve = can_serve
         self._is_loopback = is_loopback  # only this machine reaches the port
         self._created = int(time.time())
-        self._routes: dict[str, dict[str, Handler]] = {
+        self._page = read_page()
+        self._routes: dict[str, Mapping[str, Handler]] = {
+            "/": {"GET": self._playground, "HEAD": self._playground},
             "/health": {"GET": self._health},
             MODELS: {"GET": self._models},
-            "/v1/chat/completions": {"POST": self._chat},
+            MODELS + "/*": {"GET": self._model},
+            "/v1/chat/completions": {"POST": self._complete},
             "/v1/completions": {"POST": self._complete},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
+            **(files or {path: dict.fromkeys(methods, _without_files) for path, methods in FILE_PATHS.items()}),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -155,15 +195,15 @@ class HttpApi:
     def _check_origin(self, exchange: Exchange) -> None:
         """A page from elsewhere may not use this port through somebody's browser (B49)."""
         host, origin = exchange.header("host"), exchange.header("origin")
-        if self._is_loopback and urlsplit(f"//{host}").hostname not in ("localhost", "127.0.0.1", "::1"):
+        if self._is_loopback and _place(f"//{host}").hostname not in ("localhost", "127.0.0.1", "::1"):
             raise Forbidden("Host: this port is for this machine; ask for localhost", reason="foreign_host")
-        if any(name == "origin" for name, _ in exchange.headers) and urlsplit(origin).netloc.lower() != host.lower():
+        if any(name == "origin" for name, _ in exchange.headers) and _place(origin).netloc.lower() != host.lower():
             raise Forbidden("Origin: pages from elsewhere may not use this server", reason="foreign_origin")
 
     def _admit(self, exchange: Exchange) -> Handler:
         """The handler of a path, for whom it is."""
-        path = MODELS + "/*" if exchange.path.startswith(MODELS + "/") else exchange.path
-        methods = {"GET": self._model} if path == MODELS + "/*" else self._routes.get(path)
+        path = _pattern(exchange.path)
+        methods = self._routes.get(path)
         access = self._inference.access
         access.check(path, exchange.headers)
         if methods is None:
@@ -171,7 +211,7 @@ class HttpApi:
         handler = methods.get(exchange.method)
         if handler is None:
             raise InvalidInput("method", f"is {exchange.method[:20]}, accepted: {', '.join(methods)}", reason="method_not_allowed")
-        if path != "/health":
+        if NEEDS.get(path) is not Need.NOTHING:
             exchange.tenant = access.tenant(exchange.headers)
         return handler
 
@@ -181,6 +221,10 @@ class HttpApi:
         if not self._can_serve():
             raise Unavailable("no worker can take a request now", reason="not_serving", retry_after_s=1.0)
         await exchange.answer(b'{"status": "ok"}')
+
+    async def _playground(self, exchange: Exchange) -> None:
+        await exchange.begin(200, CONTENT_TYPE, self._page.headers)
+        await exchange.write(self._page.body, is_last=True)  # of a HEAD the server sends the head alone
 
     async def _models(self, exchange: Exchange) -> None:
         await exchange.answer(json.dumps({"object": "list", "data": [self._described()]}).encode())
@@ -203,28 +247,11 @@ class HttpApi:
         text = self._inference.detokenizer.begin()
         await exchange.answer(json.dumps({"prompt": text.push(asked.tokens) + text.flush()}).encode())
 
-    async def _chat(self, exchange: Exchange) -> None:
-        asked = read(ChatBody, await exchange.body())
-        make = partial(self._begin, ChatAnswer, "chatcmpl", asked.reader, has_usage=asked.has_usage)
-        await self._generate(exchange, asked.request(), make, is_stream=bool(asked.stream))
-
     async def _complete(self, exchange: Exchange) -> None:
-        asked = read(CompletionBody, await exchange.body())
-        make = partial(self._begin, CompletionAnswer, "cmpl", Plain, has_usage=asked.has_usage)
-        await self._generate(exchange, asked.request(), make, is_stream=bool(asked.stream))
-
-    def _begin(
-        self, kind: type[Answer], prefix: str, make_reader: Callable[[], Reader], request_id: str, *, has_usage: bool
-    ) -> Answer:
-        name, piece = self._inference.model.limits().name, self._inference.detokenizer.piece
-        return kind(f"{prefix}-{request_id}", name, int(time.time()), self._fingerprint(), piece, make_reader, has_usage=has_usage)
-
-    async def _generate(
-        self, exchange: Exchange, request: pb.GenerateRequest, make: Callable[[str], Answer], *, is_stream: bool
-    ) -> None:
-        """Runs it until it ends or the client goes."""
-        call = Call(_tenant(exchange), exchange.header("traceparent"))
-        answering = asyncio.create_task(self._answer(exchange, request, call, make, is_stream=is_stream))
+        """A chat or a completion: runs it until it ends or the client goes."""
+        asked = self._completions.read(exchange.path, await exchange.body())
+        call = Call(_tenant(exchange), exchange.header("traceparent"), accepted_at=exchange.arrived_at)
+        answering = asyncio.create_task(_answer(exchange, asked, call))
         leaving = asyncio.create_task(exchange.gone())
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -242,29 +269,6 @@ class HttpApi:
         except Exception as exc:
             await exchange.fail(unexpected(exc), call.request_id, call.partial)
 
-    async def _answer(
-        self, exchange: Exchange, request: pb.GenerateRequest, call: Call, make: Callable[[str], Answer], *, is_stream: bool
-    ) -> None:
-        answer: Answer | None = None
-
-        async def write(response: pb.GenerateResponse) -> None:
-            nonlocal answer
-            if answer is None:
-                answer = make(call.request_id)
-                if is_stream:
-                    await exchange.begin(200, EVENTS, ((b"x-request-id", call.request_id.encode()),))
-            is_summary = response.HasField("summary")
-            if is_stream:
-                await exchange.write(
-                    answer.last_chunk(response.summary) if is_summary else answer.chunk(response), is_last=is_summary
-                )
-            elif is_summary:
-                await exchange.answer(answer.whole(response.summary), headers=((b"x-request-id", call.request_id.encode()),))
-            else:
-                answer.take(response)
-
-        await self._inference.generate(request, call, write)
-
     def _described(self) -> dict[str, object]:
         model = self._inference.model.limits()
         return {
@@ -273,6 +277,48 @@ class HttpApi:
         }  # fmt: skip
 
 
+def _pattern(path: str) -> str:
+    """The path with `*` for what it names."""
+    if path.startswith(MODELS + "/"):
+        return MODELS + "/*"
+    parts = path.split("/")
+    if len(parts) > 3 and parts[1] == "v1" and parts[2] in WITH_IDS and parts[3]:
+        parts[3] = "*"
+    return "/".join(parts)
+
+
+async def _without_files(_exchange: Exchange) -> None:
+    message = "files and batches are off here: they need a directory to be kept in; start the router with --files-dir PATH"
+    raise NotFound(message, reason="files_off")
+
+
+async def _answer(exchange: Exchange, asked: Asked, call: Call) -> None:
+    """Whole, or as it comes."""
+    if not asked.is_stream:
+        whole = await asked.whole(call)
+        await exchange.answer(whole.body, headers=((b"x-request-id", call.request_id.encode()),))
+        return
+    answer: Answer | None = None
+
+    async def write(response: pb.GenerateResponse) -> None:
+        nonlocal answer
+        if answer is None:
+            answer = asked.make(call)
+            await exchange.begin(200, EVENTS, ((b"x-request-id", call.request_id.encode()),))
+        is_summary = response.HasField("summary")
+        await exchange.write(answer.last_chunk(response.summary) if is_summary else answer.chunk(response), is_last=is_summary)
+
+    await asked.run(call, write)
+
+
 def _tenant(exchange: Exchange) -> Tenant:
-    assert exchange.tenant is not None, "every handler but health's has one"
+    assert exchange.tenant is not None, "every handler of a path that needs a key has one"
     return exchange.tenant
+
+
+def _place(url: str) -> SplitResult:
+    """Nowhere where it is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")

@@ -25,6 +25,9 @@ log = structlog.get_logger("router")
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_S = 10.0  # that a head may take to come, the first from the connection on
 IDLE_S = 75.0  # between two requests of a connection
+# A client that vanished is asked for a sign of life, and given up when nothing came, neither that nor what was written. One that reads
+# nothing looks the same to the kernel, so this is little less than what slow clients get.
+ASKED_AFTER_S, ASKED_EVERY_S, GONE_S = 10, 5, 25
 MAX_CONNECTIONS = 4096
 BACKLOG = 1024
 STOP_S = 1.0
@@ -65,6 +68,12 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["state"][ABORT] = self.transport.abort
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:  # a trailer, of which nobody here makes anything, and which nothing bounds
+            self.transport.abort()
+            return
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -156,9 +165,19 @@ def _bind(host: str, port: int, *, is_shared: bool) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if is_shared:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _watch_over(bound)
         bound.bind((host, port))
         bound.setblocking(False)
     except OSError as exc:
         bound.close()
         raise ConfigError(f"http_port {port}: {host} has none like that free: {exc.strerror or exc}; give another, or 0") from exc
     return bound
+
+
+def _watch_over(listening: socket.socket) -> None:
+    """Connections have these options from whom they were accepted by. Linux only: elsewhere the kernel's own patience holds."""
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ASKED_AFTER_S)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASKED_EVERY_S)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GONE_S * 1000)

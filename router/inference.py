@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 
 from router.access import Access
 from router.choice import Choice, RequestPlan
+from router.describe import request_attributes
 from router.detokenizer import Detokenizer
+from router.ended import CANCELLED, OK, Ended, OnEnded
 from router.flow import Flow
 from router.formats import FormatPool
 from router.quotas import Quotas
@@ -25,8 +27,8 @@ from router.stream import ChoiceStream, ClientWriter, summary_of
 from router.tenants import Tenant
 from router.text import TextPool, TextStream
 from splitfire.core import limits
-from splitfire.core.errors import AlreadyExists, DeadlineExceeded, Unavailable
-from splitfire.core.telemetry import RequestTrace, Telemetry
+from splitfire.core.errors import AlreadyExists, DeadlineExceeded, SplitfireError, Unavailable
+from splitfire.core.telemetry import NO_TRACE, RequestTrace, Telemetry
 from splitfire.core.validation import (
     REQUEST_ID,
     ModelLimits,
@@ -70,23 +72,33 @@ class Call:
     remaining_s: float | None = None  # the client's own deadline; None: it has none
     accepted_at: float = field(default_factory=time.monotonic)
     request_id: str = ""
-    choices: list[Choice] = field(default_factory=list)
+    streams: list[ChoiceStream] = field(default_factory=list)
+    summary: pb.Summary = field(default_factory=pb.Summary)  # when it ends
+
+    @property
+    def choices(self) -> list[Choice]:
+        return [stream.choice for stream in self.streams]
 
     @property
     def num_generated(self) -> int:
+        """Tokens that workers made, whether the client took them or not."""
         return sum(len(choice.ids) for choice in self.choices)
 
     @property
     def partial(self) -> dict[str, str]:
         """How much of an answer that failed was streamed before."""
-        return {"incomplete": "true", "generated_tokens": str(self.num_generated)} if self.num_generated else {}
+        num_sent = sum(stream.num_sent for stream in self.streams)
+        return {"incomplete": "true", "generated_tokens": str(num_sent)} if num_sent else {}
 
 
 class Inference:
     """`is_draining` refuses new requests."""
 
-    def __init__(self, model: ServedModel, tenants: Tenants, flow: Flow, telemetry: Telemetry) -> None:
+    def __init__(
+        self, model: ServedModel, tenants: Tenants, flow: Flow, telemetry: Telemetry, on_ended: Sequence[OnEnded] = ()
+    ) -> None:
         self.is_draining = False
+        self._on_ended = on_ended
         self.model = model
         self.access = tenants.access
         self.detokenizer = Detokenizer(model.tokenizer)
@@ -102,7 +114,8 @@ class Inference:
     async def generate(self, message: pb.GenerateRequest, call: Call, write: Write) -> None:
         """Writes what the choices produce, one message at a time, the summary last. SplitfireError when it ends otherwise."""
         call.request_id = message.request_id if REQUEST_ID.match(message.request_id) else secrets.token_hex(12)
-        trace = RequestTrace(None)
+        trace = NO_TRACE
+        outcome = CANCELLED
         try:
             valid = check_request(message, self.model.limits())
             if valid.priority > call.tenant.priority:
@@ -110,20 +123,51 @@ class Inference:
             if valid.priority < message.priority:
                 log.info("priority lowered", request_id=call.request_id, asked=message.priority, given=valid.priority)
             trace = self._telemetry.begin_request(call.traceparent, call.accepted_at)
+            if trace.trace_id:  # in every line that is logged for it from here on, also by tasks it starts
+                structlog.contextvars.bind_contextvars(trace_id=trace.trace_id)
             with self._claim(call):
                 plan = await self._accept(valid, call, trace)
                 self._quotas.spend(call.tenant, len(plan.prompt))
                 queued_at = time.monotonic()
-                about = {"splitfire.request_id": call.request_id}
-                self._telemetry.record("accept", trace.traceparent, call.accepted_at, queued_at, about)
-                await self._stream(plan, valid, call.choices, trace, queued_at, write)
+                self._telemetry.record("accept", trace.traceparent, call.accepted_at, queued_at)
+                await self._stream(plan, valid, call, trace, queued_at, write)
+            outcome = OK
+        except SplitfireError as exc:
+            outcome = exc.reason
+            raise
+        except Exception:
+            outcome = "internal"
+            raise
         finally:
-            attributes: dict[str, str | int | float | bool] = {
-                "splitfire.request_id": call.request_id,
-                "gen_ai.operation.name": "generate",
-                "gen_ai.usage.output_tokens": call.num_generated,
-            }
-            self._telemetry.end_request(trace, time.monotonic(), attributes)
+            self._end(call, trace, outcome)
+
+    def _end(self, call: Call, trace: RequestTrace, outcome: str) -> None:
+        """It is over, one way or another."""
+        now, summary = time.monotonic(), call.summary
+        if not summary.request_id:  # it was interrupted
+            summary = summary_of(call.streams) if call.streams else pb.Summary(request_id=call.request_id)
+            summary.trace_id = trace.trace_id
+        if self._telemetry.is_on:
+            self._telemetry.end_request(trace, now, request_attributes(summary, self.model.limits().name, outcome))
+        if not self._on_ended:
+            return
+        ended = Ended(
+            tenant=call.tenant.name,
+            key_id=call.tenant.key_id,
+            model=self.model.limits().name,
+            outcome=outcome,
+            ended_at=now,
+            duration_s=now - call.accepted_at,
+            summary=summary,
+            prefill_busy_s=sum(choice.timeline.prefill_busy_s for choice in call.choices),
+            decode_busy_s=sum(choice.timeline.decode_busy_s for choice in call.choices),
+        )
+        for tell in self._on_ended:
+            tell(ended)
+
+    def max_running(self, tenant: Tenant) -> int | None:
+        """Choices of a tenant that may run at once by this router's part of its quota."""
+        return self._quotas.part(tenant.max_running)
 
     async def tokenize(self, message: pb.TokenizeRequest, tenant: Tenant) -> pb.TokenizeResponse:
         """Exactly as `generate` would see it."""
@@ -158,7 +202,7 @@ class Inference:
     async def _accept(self, valid: ValidRequest, call: Call, trace: RequestTrace) -> RequestPlan:
         """Text becomes ids, defaults become numbers; from here only ids travel."""
         model, tenant = self.model.limits(), call.tenant
-        deadline = call.accepted_at + _time_limit(call.remaining_s)
+        deadline = time.monotonic() + _time_limit(call.remaining_s)
         if valid.token_ids is not None:
             prompt = valid.token_ids
         elif valid.messages is not None:
@@ -193,12 +237,12 @@ class Inference:
         )
 
     async def _stream(
-        self, plan: RequestPlan, valid: ValidRequest, choices: list[Choice], trace: RequestTrace, queued_at: float, write: Write
+        self, plan: RequestPlan, valid: ValidRequest, call: Call, trace: RequestTrace, queued_at: float, write: Write
     ) -> None:
         """Runs every choice and sends what they produce; ends with the summary."""
-        changed = asyncio.Event()
-        choices.extend(Choice(plan, index, changed) for index in range(valid.n))
-        streams = [ChoiceStream(c, TextStream(self.detokenizer, valid.stopping.stop_strings)) for c in choices]
+        changed, streams = asyncio.Event(), call.streams
+        choices = [Choice(plan, index, changed) for index in range(valid.n)]
+        streams.extend(ChoiceStream(c, TextStream(self.detokenizer, valid.stopping.stop_strings)) for c in choices)
         first = self._flow.first_attempt(choices)
         tasks = [asyncio.create_task(self._flow.run(c, first), name=f"flow-{plan.request_id}-{c.index}") for c in choices]
         for task in tasks:
@@ -207,9 +251,9 @@ class Inference:
             async with ClientWriter(write) as client:
                 ended_at = await _send(streams, tasks, changed, client)
                 self._telemetry.record("stream", plan.traceparent, choices[0].timeline.first_token_at or queued_at, ended_at)
-                summary = summary_of(choices, streams, queued_at, ended_at)
-                summary.model, summary.trace_id = self.model.limits().name, trace.trace_id
-                await client.write(pb.GenerateResponse(summary=summary))
+                call.summary = summary_of(streams)
+                call.summary.model, call.summary.trace_id = self.model.limits().name, trace.trace_id
+                await client.write(pb.GenerateResponse(summary=call.summary))
         finally:
             for task in tasks:
                 task.cancel()
@@ -227,8 +271,9 @@ async def _send(
         for stream in streams:
             response = stream.take()
             if response is not None:
+                ended_at = time.monotonic()  # of this process's part: the client may have it before the write returns
+                stream.choice.timeline.sent(stream.num_sent, ended_at)
                 await client.write(response)
-                ended_at = time.monotonic()
         for task in over:
             task.result()
         if len(over) == len(tasks) and all(s.is_finished for s in streams):

@@ -63,7 +63,7 @@ def place(scan: Scan, demand: Demand, rules: Rules, random: Random) -> Decision 
         return None
     best = pick(ways, demand, random)
     starts_now = best.wait_s <= best.computer.chunk_s and best.admit_s <= HIDDEN * (best.wait_s + best.compute_s)
-    return Decision(best.placement(), starts_now, best.compute_s, best.admit_s, lambda: explain(best, ways))
+    return Decision(best.placement(), starts_now, best.compute_s, best.admit_s, lambda count: explain(best, ways, count))
 
 
 def place_again(scan: Scan, demand: Demand, placement: Placement, random: Random) -> Placement | None:
@@ -109,7 +109,7 @@ def _by_policy(
 
 
 def _decided(way: Way) -> Decision:
-    return Decision(way.placement(), True, way.compute_s, way.admit_s, lambda: (way.candidate(),))
+    return Decision(way.placement(), True, way.compute_s, way.admit_s, lambda _count: (way.candidate(),))
 
 
 def _row_of(worker: bytes, views: Sequence[WorkerView]) -> int:

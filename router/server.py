@@ -38,19 +38,27 @@ from router.placing import Placing, Room
 from router.policies import make_policy
 from router.quotas import Quotas
 from router.rebalance import Rebalancer
+from router.recent import Recent
 from router.text import TextPool
+from router.usage import make_usage_log
 from router.views import Scan
 from splitfire.core import limits
 from splitfire.core.errors import ConfigError
 from splitfire.core.model_dir import ModelDir, others_who_may_change, shows_tools
 from splitfire.core.model_source import served_name
+from splitfire.core.outlets import MetricsOutlets, wants_metrics
 from splitfire.core.settings import LOOPBACK, RouterSettings
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.validation import ModelLimits
 from splitfire.v1 import fleet_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from router.batches.runner import BatchRunner
+    from router.http_api import Routes
     from router.http_server import HttpServer
+    from router.metrics import RouterMetrics
 
 log = structlog.get_logger("router")
 TICK_S = 0.5
@@ -87,7 +95,8 @@ class RouterServer:
     def __init__(self, settings: RouterSettings, model: ModelDir) -> None:
         self.settings = settings
         self._doors = Doors(settings)
-        self.telemetry = Telemetry("splitfire-router", settings.trace_file)
+        self._router_id = secrets.token_hex(4)
+        self.telemetry = Telemetry("splitfire-router", settings.trace_file, f"router-{self._router_id}")
         self._text = TextPool(model)
         self._formats = FormatPool(model)
         self._fleet = Fleet(model, self._on_change)
@@ -122,6 +131,9 @@ class RouterServer:
         self._public = grpc.aio.server(options=options, interceptors=(Gate(self._doors.access),))
         self._private = grpc.aio.server(options=WORKER_OPTIONS)
         self._http: HttpServer | None = None
+        self._usage = make_usage_log(settings.usage_file, settings.prices_file)
+        self._batches: BatchRunner | None = None
+        self._outlets: MetricsOutlets | None = None
         self.port = self.worker_port = 0
 
     async def start(self) -> None:
@@ -132,8 +144,13 @@ class RouterServer:
         served = ServedModel(self._limits, Tokenizer.from_file(str(self._model.tokenizer_path)), self._text, self._formats)
         tenants = Tenants(doors.access, Quotas(time.monotonic, lambda: self._fleet.num_routers))
         describe = Describer(self._fleet, self._flow.placing, settings.placement, self._worker_ports)
-        self._inference = Inference(served, tenants, self._flow, self.telemetry)
-        api = InferenceApi(self._inference, self._fleet, self._flow, describe)
+        recent = Recent(time.monotonic)
+        metrics = self._make_metrics()
+        listeners = [recent.add]
+        listeners += [metrics.of_requests.add] if metrics is not None else []
+        listeners += [self._usage.add] if self._usage is not None else []
+        self._inference = Inference(served, tenants, self._flow, self.telemetry, listeners)
+        api = InferenceApi(self._inference, self._fleet, self._flow, describe, recent)
         self._public.add_generic_rpc_handlers((api.handlers(), AdminApi(self._fleet).handlers()))
         add_HealthServicer_to_server(self._health, self._public)
         is_open = settings.host in LOOPBACK and settings.keys_file is None
@@ -141,12 +158,12 @@ class RouterServer:
         if has_reflection:
             reflection.enable_server_reflection((SERVICE, ADMIN_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), self._public)
         has_tls, is_api_key = doors.private is not None, doors.access.is_tenants
-        service = FleetService(self._fleet, secrets.token_hex(4), doors.token, has_tls=has_tls, is_api_key=is_api_key)
+        service = FleetService(self._fleet, self._router_id, doors.token, has_tls=has_tls, is_api_key=is_api_key)
         fleet_pb2_grpc.add_FleetServicer_to_server(service, self._private)
         self.port = _listen(self._public, "port", settings.host, settings.port, doors.public)
         self.worker_port = _listen(self._private, "worker_port", settings.worker_host, settings.worker_port, doors.private)
         self._worker_ports.append(f"{settings.worker_host}:{self.worker_port}")
-        metrics_port, http_port = self._open_metrics(), await self._open_http()
+        metrics_port, http_port = self._open_metrics(metrics), await self._open_http()
         await self._tell_health()
         await self._private.start()
         await self._public.start()
@@ -179,13 +196,19 @@ class RouterServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_S):
                 await asyncio.gather(ticker, return_exceptions=True)
+                if self._batches is not None:
+                    await self._batches.stop()
                 if self._http is not None:
                     await self._http.stop()
                 await self._public.stop(0.5)
                 await self._private.stop(0.5)
                 await self._text.close()
                 await self._formats.close()
+                if self._outlets is not None:
+                    await asyncio.to_thread(self._outlets.close)
         self.telemetry.shutdown()
+        if self._usage is not None:
+            self._usage.close()
         return 0
 
     def drain(self) -> None:
@@ -194,6 +217,8 @@ class RouterServer:
             self._stopped.set()
             return
         self._is_draining = self._inference.is_draining = True
+        if self._batches is not None:
+            self._batches.drain()
         log.info("draining", requests=self._inference.num_active, grace_s=self.settings.router_grace_s)
         asyncio.get_running_loop().call_later(self.settings.router_grace_s, self._stopped.set)
         self._changed.set()
@@ -213,22 +238,53 @@ class RouterServer:
         def fingerprint() -> str:
             return self._fleet.model_digest.hex()[:12]
 
-        api = HttpApi(self._inference, fingerprint, self._can_serve, is_loopback=settings.host in LOOPBACK)
+        files = await self._open_files(fingerprint) if settings.files_dir is not None else None
+        api = HttpApi(self._inference, fingerprint, self._can_serve, is_loopback=settings.host in LOOPBACK, files=files)
         self._http = HttpServer(api, settings.tls_cert, settings.tls_key)
         self._doors.also_reload(self._http.reload)
         return await self._http.start(settings.host, settings.http_port, is_shared=settings.share_port)
 
-    def _open_metrics(self) -> int | None:
-        """The port, if there is to be one."""
-        settings = self.settings
-        if settings.metrics_port is None:
+    def _make_metrics(self) -> RouterMetrics | None:
+        """For whoever scrapes, or for a collector; None where there is neither."""
+        if not wants_metrics(self.settings.metrics_port):
             return None
-        from router.metrics import RouterMetrics  # noqa: PLC0415 - 60 ms, only if used
-        from splitfire.core.metrics import MetricsPort  # noqa: PLC0415
+        from router.metrics import RouterMetrics, load_of  # noqa: PLC0415 - 60 ms, only if used
+        from router.request_metrics import RequestMetrics  # noqa: PLC0415
 
-        metrics = RouterMetrics(self._fleet, lambda: self._admission.num_running, lambda: self._admission.num_queued)
-        post = asyncio.get_running_loop().call_soon_threadsafe
-        return MetricsPort(settings.metrics_host, settings.metrics_port, metrics.collect, post).port
+        fleet, admission = self._fleet, self._admission
+        of_requests = RequestMetrics(
+            self._base_limits.name,
+            lambda: load_of(fleet, admission.num_running, admission.num_queued),
+            is_vllm=self.settings.metrics_compat == "vllm",
+        )
+        return RouterMetrics(fleet, lambda: admission.num_running, lambda: admission.num_queued, of_requests)
+
+    def _open_metrics(self, metrics: RouterMetrics | None) -> int | None:
+        """The port, if there is to be one."""
+        if metrics is None:
+            return None
+        from router.request_metrics import OTEL  # noqa: PLC0415 - only if used
+
+        host, port, post = self.settings.metrics_host, self.settings.metrics_port, asyncio.get_running_loop().call_soon_threadsafe
+        self._outlets = MetricsOutlets(host, port, self.telemetry, metrics.collect, post, OTEL)
+        return self._outlets.port
+
+    async def _open_files(self, fingerprint: Callable[[], str]) -> Routes:
+        """Files and batches. ConfigError when their directory cannot be used."""
+        from router.batches.api import BatchApi  # noqa: PLC0415 - only if used
+        from router.batches.disk import Disk  # noqa: PLC0415
+        from router.batches.runner import BatchRunner  # noqa: PLC0415
+        from router.batches.store import FileStore  # noqa: PLC0415
+        from router.completions import Completions  # noqa: PLC0415
+
+        settings, disk = self.settings, Disk()
+        assert settings.files_dir is not None
+        store = FileStore(settings.files_dir.absolute(), settings.files_bytes)
+        await disk(store.open)
+        completions = Completions(self._inference, fingerprint)
+        self._batches = BatchRunner(store, disk, completions, self._doors.access, settings.batch_requests)
+        self._batches.start()
+        return BatchApi(store, disk, self._batches, lambda: self._base_limits.name).routes()
 
     def _limits(self) -> ModelLimits:
         base, shortest, pool_tokens = self._base_limits, self._fleet.max_context, self._fleet.pool_tokens

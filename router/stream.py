@@ -7,10 +7,11 @@ none for SLOW_CLIENT_S is given up.
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 
-from router.choice import Choice, phases_of
+from router.choice import Choice
 from router.text import TextStream
 from splitfire.core import limits
 from splitfire.core.errors import Exhausted
@@ -39,6 +40,9 @@ class ChoiceStream:
         response = pb.GenerateResponse(
             choice=choice.index, offset=offset, token_ids=choice.ids[offset:end], text=text, logprobs=choice.logprobs[offset:end]
         )
+        if choice.accepted_offsets:
+            begin, stop = (bisect_left(choice.accepted_offsets, at) for at in (offset, end))
+            response.accepted_drafts.extend(at - offset for at in choice.accepted_offsets[begin:stop])
         if choice.is_finished and (self._text.is_stopped or end == len(choice.ids)):
             response.text += self._text.flush()
             response.finish_reason = choice.finish_reason
@@ -86,10 +90,11 @@ class ClientWriter:
             self._timer = self._loop.call_later(left_s, self._look)
 
 
-def summary_of(choices: Sequence[Choice], streams: Sequence[ChoiceStream], queued_at: float, ended_at: float) -> pb.Summary:
-    """The last message of a stream; phases, cache and transfer are those of choice 0."""
+def summary_of(streams: Sequence[ChoiceStream]) -> pb.Summary:
+    """The last message of a stream, or what it came to before it broke off; phases, cache and transfer are those of choice 0."""
+    choices, num_sent = [stream.choice for stream in streams], sum(stream.num_sent for stream in streams)
     plan, timeline = choices[0].plan, choices[0].timeline
-    num_sent = sum(s.num_sent for s in streams)
+    num_gaps = streams[0].num_sent - 1
     return pb.Summary(
         request_id=plan.request_id,
         seed=plan.sampling.seed,
@@ -98,8 +103,12 @@ def summary_of(choices: Sequence[Choice], streams: Sequence[ChoiceStream], queue
             cached_prompt_tokens=min(timeline.cached_tokens, len(plan.prompt)),
             generated_tokens=num_sent,
             draft_tokens=sum(c.draft_tokens for c in choices),
-            accepted_draft_tokens=min(num_sent, sum(c.accepted_draft_tokens for c in choices)),  # some came after a stop string
+            accepted_draft_tokens=min(num_sent, sum(len(c.accepted_offsets) for c in choices)),  # some came after a stop string
         ),
-        phases=phases_of(choices[0], queued_at, ended_at),
+        phases=timeline.phases(),
         kv_transfer=timeline.kv_transfer,
+        first_token_s=timeline.first_token_s,
+        second_token_s=timeline.second_token_s,
+        rest_s=timeline.rest_s,
+        each_token_s=(timeline.second_token_s + timeline.rest_s) / num_gaps if num_gaps > 0 else 0.0,
     )

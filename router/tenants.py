@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 
 from splitfire.core.errors import Unauthenticated
 from splitfire.core.limits import MAX_API_KEY_CHARS
 from splitfire.v1 import inference_pb2 as pb
 
+KEY_ID = 12  # hexadecimal digits
 SALT_CONTEXT = b"splitfire-cache-salt:"
 
 
@@ -30,6 +31,7 @@ class Tenant:
     tokens_per_minute: int | None = None  # prompt and output
     allow_special: bool = False  # special tokens written out in `text` count as such
     is_admin: bool = False
+    key_id: str = ""  # of the key it came with: the beginning of its hash
     cache_salt: bytes = field(default=b"", repr=False)
 
 
@@ -51,7 +53,7 @@ class KeyRing:
     """Every credential, found by its hash, so that how long a look-up takes says nothing about any key."""
 
     def __init__(self, credentials: Sequence[Credential]) -> None:
-        self._credentials = {credential.digest: credential for credential in credentials}
+        self._credentials = {c.digest: replace(c, tenant=replace(c.tenant, key_id=c.digest.hex()[:KEY_ID])) for c in credentials}
 
     def find(self, key: str, today: date) -> Tenant:
         """Unauthenticated when the key is nobody's, or too old."""
@@ -62,6 +64,11 @@ class KeyRing:
         if credential.expires is not None and today > credential.expires:
             raise Unauthenticated(f"the API key expired on {credential.expires}; ask for another", reason="expired_api_key")
         return credential.tenant
+
+    def named(self, name: str, today: date) -> Tenant | None:
+        """A tenant that has a key which is still good."""
+        mine = (c for c in self._credentials.values() if c.tenant.name == name and (c.expires is None or today <= c.expires))
+        return next((credential.tenant for credential in mine), None)
 
 
 def digest_of(key: str) -> bytes:

@@ -126,14 +126,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where a request goes. Not `starts_now`: that is the best, but has to be waited for. `explain` lists the cheapest candidates, the
-    one that was taken first."""
+    """Where a request goes. Not `starts_now`: that is the best, but has to be waited for. `explain` lists so many of the cheapest candidates,
+    the one that was taken first."""
 
     placement: Placement
     starts_now: bool
     compute_s: float
     admit_s: float
-    explain: Callable[[], tuple[Candidate, ...]]
+    explain: Callable[[int], tuple[Candidate, ...]]
 
 
 @dataclass(frozen=True, slots=True)

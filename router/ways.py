@@ -20,7 +20,6 @@ UNKNOWN_STEP_S = 1e-3
 SAME, SAME_S = 0.02, 2e-4  # costs within this share, and these seconds, are equal
 SESSION, SESSION_S = 0.2, 0.01  # a worker of the session is taken when it costs at most this share, or these seconds, more
 NUM_PAIRED = 2  # the cheapest of each role are looked at in pairs
-NUM_SHOWN = 4  # candidates of a decision
 BAD_PAIR_S = 1e6  # more than anything else: a pair whose transfers broke is taken when there is no other
 
 
@@ -240,8 +239,8 @@ def pick(ways: Sequence[Way], demand: Demand, random: Random) -> Way:
     return equal[0] if len(equal) == 1 else random.choice(equal)
 
 
-def explain(best: Way, ways: Sequence[Way]) -> tuple[Candidate, ...]:
-    others = sorted((way for way in ways if way is not best), key=cost_of)[: NUM_SHOWN - 1]
+def explain(best: Way, ways: Sequence[Way], count: int) -> tuple[Candidate, ...]:
+    others = sorted((way for way in ways if way is not best), key=cost_of)[: count - 1] if count > 1 else ()
     return (best.candidate(), *(way.candidate() for way in others))
 
 

@@ -106,7 +106,7 @@ class Answer:
             if output.logprobs:
                 self.logprobs[output.offset + i] = output.logprobs[i]
         self.draft_tokens += output.draft_tokens
-        self.accepted_draft_tokens += output.accepted_draft_tokens
+        self.accepted_draft_tokens += len(output.accepted_offsets)
 
     def refused(self, refused: fleet_pb2.Refused) -> None:
         self.refusals.append(refused)

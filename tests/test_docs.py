@@ -14,6 +14,7 @@ import yaml
 from splitfire.core.lifecycle import REQUEST, SEQUENCE
 from splitfire.core.telemetry import STEPS
 from splitfire.engine.blocks import BlockState
+from tests import api_page
 from tests.checkpoints import ROOT
 
 PAGES = sorted(p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*.md")) if p.name != "CHANGELOG.md")
@@ -49,8 +50,9 @@ def test_commands_in_the_readme_parse(line: str) -> None:
     """With --help at the end nothing is started, but unknown commands and flags are still refused."""
     arguments = shlex.split(line)[1:]
     flags = [a.split("=")[0] for a in arguments if a.startswith("--")]
+    command = arguments[: 2 if arguments[0] == "bench" else 1]
     ran = subprocess.run(
-        [sys.executable, "-m", "splitfire.cli", arguments[0], "--help"], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-m", "splitfire.cli", *command, "--help"], capture_output=True, text=True, timeout=30, check=False
     )
     assert ran.returncode == 0, ran.stderr
     for flag in flags:
@@ -79,6 +81,10 @@ def test_decisions_are_numbered_without_gaps() -> None:
         assert path.read_text().startswith(f"# {path.name[:4]}: ")
 
 
+def test_the_api_page_is_current() -> None:
+    assert (ROOT / "docs" / "api.md").read_text() == api_page.page() + "\n", "run: make docs"
+
+
 def test_every_make_target_does_something() -> None:
     """A pattern rule does not serve a target that is phony: make then says that nothing is to be done, and is content."""
     [phony] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -89,14 +95,35 @@ def test_every_make_target_does_something() -> None:
         assert said and "Nothing to be done" not in said, target
 
 
-def test_compose_publishes_the_clients_ports_and_only_on_loopback() -> None:
-    """gRPC and HTTP. S5 for what the file can say; bringing it up in an engine is a test of its own."""
+def test_compose_publishes_the_clients_ports_and_dashboards_and_only_on_loopback() -> None:
+    """gRPC and HTTP. S5 for what the file can say; bringing it up in an engine is a test of its own. On another address than loopback
+    only a router with TLS and keys starts (tests/compose)."""
     compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
     published = [port for service in compose["services"].values() for port in service.get("ports", [])]
-    assert published == ["127.0.0.1:${SPLITFIRE_PORT:-7070}:7070", "127.0.0.1:${SPLITFIRE_HTTP_PORT:-8000}:8000"]
+    assert sorted(published) == [
+        "${SPLITFIRE_ADDRESS:-127.0.0.1}:${SPLITFIRE_HTTP_PORT:-8000}:8000",
+        "${SPLITFIRE_ADDRESS:-127.0.0.1}:${SPLITFIRE_PORT:-7070}:7070",
+        "127.0.0.1:${GRAFANA_PORT:-3000}:3000",
+        "127.0.0.1:${JAEGER_PORT:-16686}:16686",
+    ]
     for name, service in compose["services"].items():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
         assert "no-new-privileges:true" in service["security_opt"], name
         assert "privileged" not in service and service.get("network_mode") != "host", name
     assert "USER 10001" in (ROOT / "Dockerfile").read_text()
+
+
+def test_every_metric_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "observability.md").read_text()
+    found = [
+        f"splitfire_{name}" + ("_total" if kind == "counter" else "")
+        for path in (
+            ROOT / "router" / "metrics.py",
+            ROOT / "router" / "request_metrics.py",
+            ROOT / "splitfire" / "worker" / "metrics.py",
+        )
+        for kind, name in re.findall(r'\b(gauge|counter)\(\s*"(\w+)"', path.read_text())
+    ]
+    assert len(found) > 20
+    assert not [name for name in found if f"`{name}`" not in page]

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from splitfire.core.flags import parse_settings
 from splitfire.core.hashing import chain_root, hash_blocks
 from splitfire.core.layout import DTYPE_BYTES, KvLayout
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.model_source import resolve_model
 from splitfire.core.sampling import SamplingParams, StopParams
-from splitfire.core.settings import WorkerSettings, parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.engine.pool import KvPool
 from splitfire.engine.sequence import Purpose, SeqId, SequenceSpec
 from splitfire.worker.loading import LoadedModel, load_model

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.orders import Orders
+from splitfire.core.flags import PARENT_VARIABLE
 from splitfire.core.layout import KvLayout
-from splitfire.core.settings import PARENT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 90.0  # torch, a CUDA context, UCX

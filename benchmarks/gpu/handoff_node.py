@@ -29,8 +29,9 @@ from kvtransfer.peers import PeerAddress
 from kvtransfer.probe import PairRates
 from kvtransfer.sender import Outcome, Shipment
 from splitfire.core.errors import ConfigError
+from splitfire.core.flags import parse_settings
 from splitfire.core.process import end_with_parent
-from splitfire.core.settings import WorkerSettings, parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.engine.device.handoff import on_handoff_stream
 from splitfire.engine.kernels.pack import block_sums, pack_reference
 from splitfire.engine.parallel.pack import pack, unpack

@@ -9,6 +9,8 @@ overload    four times what the workers can do
 cancels     1000 streams cancelled in 100 ms
 w8          the routing workload, beside sglang-router and Dynamo
 http        what HTTP adds to gRPC's first token, and how much it relays beside it
+accounts    phases of 1000 requests beside the router's own time to the first token, and that beside the client's; real workers
+telemetry   throughput with metrics, traces, and a collector that is down, beside none; real workers
 head        a short prompt behind ten long ones that were cancelled, with real workers
 """
 
@@ -20,6 +22,7 @@ from pathlib import Path
 
 from benchmarks.report import QUICK_RESULTS, RESULTS, Row, write
 from benchmarks.router import dynamo, others, speed
+from benchmarks.router.accounts import accounts, telemetry
 from benchmarks.router.cost import cost
 from benchmarks.router.head import head
 from benchmarks.router.http import http
@@ -37,6 +40,8 @@ CASES: dict[str, Case] = {
     "cancels": cancels,
     "w8": w8,
     "http": http,
+    "accounts": accounts,
+    "telemetry": telemetry,
     "head": head,
 }
 TURNS, SECONDS = 5, 4.0

@@ -3,6 +3,7 @@
 handoff        split against aggregated, one request at a time, interleaved
 gap            what the hand-off of a prompt of eight chunks adds to token 1 and to token 2
 idle           what an idle fleet costs, and the memory of each process
+arrivals       requests at random times: prompts that wait together, one after the other against in shared steps
 
 both-cores     W1, W2, W3: one worker on both cores, against vLLM and OpenVINO GenAI
 one-core-each  W1, W2: prefill on one core and decode on the other, against vLLM's split and ours on one core
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import QUICK_RESULTS, RESULTS, Row, write
+from benchmarks.serve.arrivals import arrivals
 from benchmarks.serve.batching import batching
 from benchmarks.serve.both_cores import both_cores
 from benchmarks.serve.contestants import Lineup
@@ -29,10 +31,11 @@ from benchmarks.serve.memory import memory
 from benchmarks.serve.one_core_each import one_core_each
 from benchmarks.serve.prefix import prefix
 
-OURS_ALONE = {"handoff": handoff, "gap": gap, "idle": idle, "memory": memory, "batching": batching}
+OURS_ALONE = {"handoff": handoff, "gap": gap, "idle": idle, "memory": memory, "batching": batching, "arrivals": arrivals}
 AGAINST_OTHERS = {"both-cores": both_cores, "one-core-each": one_core_each, "interference": interference, "prefix": prefix}
+ON_PICO = ("handoff", "gap", "idle", "memory", "batching")
 SMOL135 = "build/checkpoints/smol135"
-TURNS = {"handoff": 15, "gap": 15, "batching": 15}
+TURNS = {"handoff": 15, "gap": 15, "batching": 15, "arrivals": 3}
 WARMUP = {"handoff": 3, "gap": 3, "batching": 3}
 
 
@@ -42,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("what", choices=[*OURS_ALONE, *AGAINST_OTHERS])
-    add("--model", help=f"default: pico for what is ours alone, else {SMOL135} (python -m benchmarks.make_checkpoint)")
+    add("--model", help=f"default: pico for {', '.join(ON_PICO)}, else {SMOL135} (python -m benchmarks.make_checkpoint)")
     add("--cpus", type=_numbers, default=[0, 1], help="the first is prefill's, the second decode's")
     add("--prompts", type=_numbers, default=[64, 256, 512, 1024])
     add("--output", type=int, default=16)
@@ -63,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--vllm-dtype", default=_vllm_dtypes()[0], help="elsewhere")
     add("--vllm-chunks", type=_numbers, default=[512], help="--max-num-batched-tokens beside its default (interference)")
     args = parser.parse_args(argv)
-    args.model = args.model or ("pico" if args.what in OURS_ALONE else SMOL135)
+    args.model = args.model or ("pico" if args.what in ON_PICO else SMOL135)
     args.turns = 1 if args.quick else args.turns or TURNS.get(args.what, 5)
     args.warmup = WARMUP.get(args.what, 1) if args.warmup is None else args.warmup
     return args

@@ -8,14 +8,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 from router.openai.tools import CallPart, Plain, Reader, Said
+from router.timeline import LEG_NAMES
 from splitfire.v1 import inference_pb2 as pb
 
 FINISH = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 DONE = b"data: [DONE]\n\n"
 Piece = Callable[[int], bytes]  # of a token id: its bytes
+
+
+class UsageShown(Enum):
+    """Where in a stream."""
+
+    NEVER = auto()
+    AT_END = auto()
+    SO_FAR = auto()  # in every chunk
 
 
 @dataclass(slots=True)
@@ -46,18 +56,22 @@ class Answer:
         fingerprint: str,
         piece: Piece,
         make_reader: Callable[[], Reader],
+        usage: UsageShown,
+        num_prompt: int,  # tokens
         *,
-        has_usage: bool,
+        has_trace: bool = False,
     ) -> None:
         self._request_id = request_id
+        self._has_trace = has_trace
         self._piece = piece
         self._make_reader = make_reader
         self._choices: dict[int, ChoiceSoFar] = {}
         self._head = {"id": request_id, "created": created, "model": model, "system_fingerprint": fingerprint}
-        self._has_usage = has_usage
+        self._usage = usage
+        self._num_prompt, self._num_generated = num_prompt, 0
         opened = json.dumps({"object": self.chunk_kind, **self._head})[:-1]
         self._opened = f'data: {opened}, "choices": ['.encode()
-        self._closed = b'], "usage": null}\n\n' if has_usage else b"]}\n\n"
+        self._closed = b"]}\n\n" if usage is UsageShown.NEVER else b'], "usage": null}\n\n'
 
     def chunk(self, response: pb.GenerateResponse) -> bytes:
         """What a message adds, as events."""
@@ -65,16 +79,22 @@ class Answer:
         logprobs = self._logprobs(choice, response)
         said, finish_reason = self._said(choice, response)
         choice.num_chars += len(response.text)
+        if self._usage is UsageShown.SO_FAR:
+            self._num_generated += len(response.token_ids)
+            so_far = usage_of(pb.Usage(prompt_tokens=self._num_prompt, generated_tokens=self._num_generated))
+            self._closed = f'], "usage": {json.dumps(so_far)}}}\n\n'.encode()
         events = self._events(choice, response.choice, said, logprobs, finish_reason)
         choice.has_begun = True
+        if self._has_trace and response.token_ids:
+            events.append(self._tokens_event(response))
         return b"".join(events)
 
     def last_chunk(self, summary: pb.Summary) -> bytes:
         """What ends a stream."""
-        if not self._has_usage:
+        if self._usage is UsageShown.NEVER and not self._has_trace:
             return DONE
-        usage = {"object": self.chunk_kind, **self._head, "choices": [], "usage": usage_of(summary.usage)}
-        return f"data: {json.dumps(usage)}\n\n".encode() + DONE
+        last = {"object": self.chunk_kind, **self._head, "choices": [], **self._ending(summary)}
+        return f"data: {json.dumps(last)}\n\n".encode() + DONE
 
     def take(self, response: pb.GenerateResponse) -> None:
         """Keeps a message for `whole`."""
@@ -94,7 +114,20 @@ class Answer:
             {"index": index, **self._body(choice), "finish_reason": choice.finish_reason}
             for index, choice in sorted(self._choices.items())
         ]
-        return json.dumps({"object": self.kind, **self._head, "choices": choices, "usage": usage_of(summary.usage)}).encode()
+        ending = {"usage": usage_of(summary.usage), **self._ending(summary)}
+        return json.dumps({"object": self.kind, **self._head, "choices": choices, **ending}).encode()
+
+    def _ending(self, summary: pb.Summary) -> dict[str, Any]:
+        """What is asked for beside the answer."""
+        usage = {"usage": usage_of(summary.usage)} if self._usage is not UsageShown.NEVER else {}
+        return usage | ({"splitfire": trace_of(summary)} if self._has_trace else {})
+
+    def _tokens_event(self, response: pb.GenerateResponse) -> bytes:
+        """The tokens of a message one by one, and which of them had been drafts."""
+        pieces = [self._piece(token_id).decode(errors="replace") for token_id in response.token_ids]
+        told = {"choice": response.choice, "pieces": pieces, "accepted_drafts": list(response.accepted_drafts)}
+        event = {"object": self.chunk_kind, **self._head, "choices": [], "splitfire": told}
+        return f"data: {json.dumps(event)}\n\n".encode()
 
     def _choice(self, index: int) -> ChoiceSoFar:
         if index not in self._choices:
@@ -198,6 +231,39 @@ class CompletionAnswer(Answer):
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
     return {name: [row[name] for row in rows] for name in names}
+
+
+def trace_of(summary: pb.Summary) -> dict[str, Any]:
+    """Where the time went; docs/observability.md says what the phases are."""
+    phases = [
+        {
+            "name": phase.name, "leg": LEG_NAMES[phase.leg], "start_s": phase.start_s, "duration_s": phase.duration_s,
+            "count": phase.count or 1, "tokens": phase.tokens, "worker": phase.worker,
+        }
+        for phase in summary.phases
+    ]  # fmt: skip
+    told: dict[str, Any] = {
+        "request_id": summary.request_id, "trace_id": summary.trace_id, "first_token_s": summary.first_token_s,
+        "second_token_s": summary.second_token_s, "rest_s": summary.rest_s, "phases": phases,
+        "drafts": {"proposed": summary.usage.draft_tokens, "accepted": summary.usage.accepted_draft_tokens},
+    }  # fmt: skip
+    if summary.HasField("kv_transfer"):
+        moved = summary.kv_transfer
+        told["kv_transfer"] = {
+            "transport": moved.transport, "bytes": moved.bytes, "blocks": moved.blocks, "duration_s": moved.duration_s,
+        }  # fmt: skip
+    return told
+
+
+def joined(summaries: Sequence[pb.Summary], request_id: str) -> pb.Summary:
+    """Of a request that was run as several: the first one's, with what all of them used."""
+    whole = pb.Summary()
+    whole.CopyFrom(summaries[0])
+    whole.request_id = request_id
+    for summary in summaries[1:]:
+        for part, count in summary.usage.ListFields():
+            setattr(whole.usage, part.name, getattr(whole.usage, part.name) + count)
+    return whole
 
 
 def usage_of(usage: pb.Usage) -> dict[str, Any]:

@@ -27,7 +27,10 @@ BY_REASON: Mapping[str, int] = {
     "not_found": 404,
     "method_not_allowed": 405,
     "body_timeout": 408,
+    "file_in_use": 409,
     "body_too_large": 413,
+    "file_too_large": 413,
+    "files_full": 413,
     "content_type": 415,
 }
 CODES: Mapping[str, str] = {

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from router.openai.answers import UsageShown
 from router.openai.tools import Forced, Free, Named, Plain, Reader, call_schema
+from splitfire.core import limits
 from splitfire.core.errors import InvalidInput, Unsupported
 from splitfire.v1 import inference_pb2 as pb
 
@@ -37,7 +39,12 @@ class StreamOptions(Json):
     """What a stream has beside its answer."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # usage so far in every chunk, as vLLM has it: load tools ask for it
     include_obfuscation: bool = False  # no effect: nothing is padded
+
+
+SCHEMAS = ("tools", "response_format")  # of any depth
+IDS = ("prompt", "tokens")
 
 
 class TextPart(Json):
@@ -155,6 +162,7 @@ class Sampled(Json):
     prompt_cache_key: str = ""
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     metadata: dict[str, str] | None = None
+    include_trace: bool = False
 
     def begin(self, max_tokens: int | None) -> pb.GenerateRequest:
         """Everything but the prompt."""
@@ -173,8 +181,13 @@ class Sampled(Json):
         )  # fmt: skip
 
     @property
-    def has_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage(self) -> UsageShown:
+        options = self.stream_options or StreamOptions()
+        if options.continuous_usage_stats and not options.include_usage:
+            raise InvalidInput("stream_options.continuous_usage_stats", "needs include_usage: true")
+        if options.continuous_usage_stats:
+            return UsageShown.SO_FAR
+        return UsageShown.AT_END if options.include_usage else UsageShown.NEVER
 
 
 class ChatBody(Sampled):
@@ -255,19 +268,26 @@ class CompletionBody(Sampled):
     echo: Literal[False] | None = None
     suffix: None = None
 
-    def request(self) -> pb.GenerateRequest:
+    def requests(self) -> list[pb.GenerateRequest]:
+        """One for each prompt."""
         if self.best_of not in (None, 1, self.n):
             raise Unsupported("best_of", "answers are not ranked here; leave it out")
+        return [self._of(prompt) for prompt in self._prompts()]
+
+    def _prompts(self) -> Sequence[str | Sequence[int]]:
+        given: Any = self.prompt
+        if isinstance(given, str) or not given or isinstance(given[0], int):
+            return [given]
+        if len(given) > limits.MAX_PROMPTS:
+            raise InvalidInput("prompt", f"has {len(given)} prompts, accepted: at most {limits.MAX_PROMPTS}; send several requests")
+        return list(given)
+
+    def _of(self, prompt: str | Sequence[int]) -> pb.GenerateRequest:
         request = self.begin(COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens)
-        text_or_ids = self.prompt
-        if not isinstance(text_or_ids, str) and text_or_ids and not isinstance(text_or_ids[0], int):
-            if len(text_or_ids) > 1:
-                raise InvalidInput("prompt", f"has {len(text_or_ids)} prompts, accepted: 1; send a request for each")
-            text_or_ids = text_or_ids[0]
-        if isinstance(text_or_ids, str):
-            request.text = text_or_ids
+        if isinstance(prompt, str):
+            request.text = prompt
         else:
-            request.prompt_token_ids.extend(text_or_ids)  # type: ignore[arg-type]
+            request.prompt_token_ids.extend(prompt)
         if self.logprobs is not None:
             request.sampling.logprobs = self.logprobs
         return request
@@ -293,10 +313,30 @@ class DetokenizeBody(Json):
 
 def read(kind: type[Body], given: dict[str, Any]) -> Body:
     """InvalidInput that names the first parameter with a wrong shape."""
+    _require_bounded(given)
     try:
         return kind.model_validate(given)
     except ValidationError as exc:
         raise _complaint(exc) from exc
+
+
+def _require_bounded(given: dict[str, Any]) -> None:
+    """Before every value is looked at, and each that is wrong is remembered with a complaint a thousand times its size. Ids are cheap, and
+    schemas are bounded elsewhere."""
+    left = limits.MAX_JSON_VALUES
+    todo = [(name, value) for name, value in given.items() if name not in SCHEMAS]
+    while todo:
+        name, value = todo.pop()
+        values: Sequence[Any] = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+        kinds = set(map(type, values))
+        if kinds != {int} or name not in IDS:
+            left -= len(values)
+        if left < 0:
+            raise InvalidInput(
+                name[:80], f"holds too many values, accepted: at most {limits.MAX_JSON_VALUES} in all lists of a request"
+            )
+        if kinds & {list, dict}:
+            todo += [(name, one) for one in values if isinstance(one, (list, dict))]
 
 
 def chat_messages(messages: Sequence[Message]) -> list[pb.ChatMessage]:

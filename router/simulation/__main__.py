@@ -16,7 +16,7 @@ from router.simulation.advice import LOADS, Mix, Targets, advise, capacity, defa
 from router.simulation.profile import read_profile
 from router.simulation.tables import advice_table, results_table
 from splitfire.core.errors import ConfigError
-from splitfire.core.settings import exit_with
+from splitfire.core.flags import exit_with
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Routing and ratios, simulated.")
 out = Console(highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from router.simulation.engine import Engine
 from router.simulation.fleet import Setup, simulate
 from router.simulation.result import Result, result_of
 from router.simulation.text import Text
-from router.simulation.trace import Trace
+from splitfire.core.workload_trace import Trace
 
 LOADS = (0.3, 0.6, 0.9)  # of what the same workers could do without splitting
 NUM_REQUESTS = 1500

@@ -40,11 +40,11 @@ class Engine:
     prompt_beside: float = 1.0
     step_beside: float = 1.0
 
-    def beside(self, busy_prompts: float, busy_steps: float) -> Engine:
-        """As it is where the workers that compute prompts do so for a share of the time, and those that decode too."""
-        slower = 1 + (self.prompt_beside - 1) * busy_steps
+    def beside(self, of_prompts: float, of_steps: float) -> Engine:
+        """As it is where, for these shares of the time in which prompts are computed and steps decode, workers of the other role are busy."""
+        slower = 1 + (self.prompt_beside - 1) * of_prompts
         prompt = PromptCost(self.prompt.base_s * slower, self.prompt.token_s * slower, self.prompt.pair_s * slower)
-        slower = 1 + (self.step_beside - 1) * busy_prompts
+        slower = 1 + (self.step_beside - 1) * of_steps
         step = StepCost(self.step.base_s * slower, self.step.sequence_s * slower, self.step.context_s * slower)
         return replace(self, prompt=prompt, step=step)
 

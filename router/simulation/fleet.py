@@ -19,15 +19,17 @@ from router.policies import PolicyName, make_policy
 from router.prefix_index import PrefixIndex
 from router.simulation.engine import Engine
 from router.simulation.lane import Job
+from router.simulation.overlap import shares
 from router.simulation.pool import CachePool
 from router.simulation.timeline import Timeline
-from router.simulation.trace import Arrival, Trace
 from router.simulation.worker import REPORT_S, Worker
 from router.views import Decision, Demand, Roles, Scan, Split, WorkerView, roles_of
 from splitfire.core.errors import ConfigError, SplitfireError
+from splitfire.core.workload_trace import Arrival, Trace
 
 MAX_INDEXED = 50_000_000
 MANY = 1_000_000_000
+BESIDE_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +47,21 @@ class Setup:
 
 
 def simulate(trace: Trace, setup: Setup) -> SimulatedFleet:
-    """A fleet that has served the trace. Where prefill and decode workers slow one another down, by as much as they were busy: so twice,
-    the first time to see how busy."""
+    """A fleet that has served the trace. Where prefill and decode workers slow one another down, by as much as both were busy at once: so
+    a few times, each to see how much that was."""
     fleet = SimulatedFleet(trace, setup)
     fleet.run()
     engine = setup.engine
     if not setup.num_prefill or max(engine.prompt_beside, engine.step_beside) <= 1.0:
         return fleet
-    seconds = max(job.ended_s or 0.0 for job in fleet.jobs) - fleet.jobs[0].arrival.at_s
-    workers = fleet.workers.values()
-    shares = [min(1.0, sum(w.prompts.busy_s for w in workers if w.is_prefill) / seconds / setup.num_prefill)]
-    shares.append(min(1.0, sum(w.sequences.busy_s for w in workers if not w.is_prefill) / seconds / setup.num_decode))
-    again = SimulatedFleet(trace, replace(setup, engine=engine.beside(*shares)))
-    again.run()
-    return again
+    for _ in range(BESIDE_RUNS):
+        workers = fleet.workers.values()
+        prefills = [worker.prompts.busy for worker in workers if worker.is_prefill]
+        decodes = [worker.sequences.busy for worker in workers if not worker.is_prefill]
+        of_prompts, of_steps = shares(prefills, decodes)
+        fleet = SimulatedFleet(trace, replace(setup, engine=engine.beside(of_prompts, of_steps)))
+        fleet.run()
+    return fleet
 
 
 class SimulatedFleet:

@@ -15,8 +15,8 @@ from heapq import heappop, heappush
 from router.simulation.engine import Engine
 from router.simulation.pool import Lease
 from router.simulation.timeline import Timeline
-from router.simulation.trace import Arrival
 from router.views import Placement
+from splitfire.core.workload_trace import Arrival
 
 
 @dataclass(eq=False, slots=True)
@@ -90,7 +90,7 @@ class Lane:
         self._is_between = False  # steps: what comes is seen by the next one
         self._joining: list[Job] = []
         self.gaps: list[tuple[float, int]] = []  # seconds between two tokens, and how many such there were
-        self.busy_s = 0.0
+        self.busy: list[tuple[float, float]] = []  # from, to
 
     @property
     def num_decoding(self) -> int:
@@ -137,7 +137,8 @@ class Lane:
         self._is_between = True
         num_decoding = len(self._ends)
         seconds = run.seconds(count)
-        self.busy_s += seconds
+        begin = self.busy.pop()[0] if self.busy and self.busy[-1][1] == run.began else run.began
+        self.busy.append((begin, self._timeline.now))
         if num_decoding:
             self.gaps.append((seconds / count, num_decoding * count))
         self._num_steps += count

@@ -12,8 +12,8 @@ from router.simulation.engine import Engine
 from router.simulation.fleet import Setup, SimulatedFleet
 from router.simulation.profile import Profile
 from router.simulation.result import Result, mean_of, result_of
-from router.simulation.trace import Trace, read_mooncake
 from splitfire.core.errors import ConfigError
+from splitfire.core.workload_trace import Trace, read_mooncake
 
 ORACLE, POOLED = "oracle", "pooled"
 QUEUED = "round_robin_queued"  # requests wait in the router for whoever is free, as with cost; the others' queue at workers

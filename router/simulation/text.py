@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from router.simulation.trace import Arrival
+from splitfire.core.workload_trace import Arrival
 
 SPREAD = 0x9E3779B97F4A7C15  # odd: different numbers stay different
 

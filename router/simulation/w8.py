@@ -11,7 +11,7 @@ from random import Random
 from router.costs import PromptCost
 from router.simulation.engine import Engine, StepCost
 from router.simulation.text import Text
-from router.simulation.trace import Arrival, Trace
+from splitfire.core.workload_trace import Arrival, Trace
 
 BLOCK, CACHE_BLOCKS = 16, 1250
 SECONDS = 11.0

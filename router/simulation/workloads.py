@@ -14,7 +14,7 @@ from router.costs import PromptCost
 from router.simulation.engine import Engine, StepCost
 from router.simulation.pool import CachePool
 from router.simulation.text import Text
-from router.simulation.trace import MOONCAKE_BLOCK, Arrival, Trace
+from splitfire.core.workload_trace import MOONCAKE_BLOCK, Arrival, Trace
 
 HOUR = 3600.0
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -81,19 +81,19 @@ def advise(
         str | None, typer.Option(envvar="SPLITFIRE_SERVER", help="host:port of a router: measures its fleet instead")
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option(envvar="SPLITFIRE_PROFILE", help="file: what was measured before, or where to keep it")
+        Path | None, typer.Option(envvar="SPLITFIRE_ADVISE_PROFILE", help="file: what was measured before, or where to keep it")
     ] = None,
-    workers: Annotated[int, typer.Option(envvar="SPLITFIRE_WORKERS", min=2, max=64, help="to divide")] = 4,
-    prompt: Annotated[int, typer.Option(envvar="SPLITFIRE_PROMPT", min=1, help="tokens of a prompt, at the mean")] = 400,
-    output: Annotated[int, typer.Option(envvar="SPLITFIRE_OUTPUT", min=2, help="tokens of an answer, at the mean")] = 120,
+    workers: Annotated[int, typer.Option(envvar="SPLITFIRE_ADVISE_WORKERS", min=2, max=64, help="to divide")] = 4,
+    prompt: Annotated[int, typer.Option(envvar="SPLITFIRE_ADVISE_PROMPT", min=1, help="tokens of a prompt, at the mean")] = 400,
+    output: Annotated[int, typer.Option(envvar="SPLITFIRE_ADVISE_OUTPUT", min=2, help="tokens of an answer, at the mean")] = 120,
     rate: Annotated[
-        list[float] | None, typer.Option(envvar="SPLITFIRE_RATE", help="requests a second; default: several loads")
+        list[float] | None, typer.Option(envvar="SPLITFIRE_ADVISE_RATE", help="requests a second; default: several loads")
     ] = None,
     ttft: Annotated[
-        float | None, typer.Option(envvar="SPLITFIRE_TTFT", help="target for the p90 of times to first token, in seconds")
+        float | None, typer.Option(envvar="SPLITFIRE_ADVISE_TTFT", help="target for the p90 of times to first token, in seconds")
     ] = None,
     itl: Annotated[
-        float | None, typer.Option(envvar="SPLITFIRE_ITL", help="target for the p99 of gaps between tokens, in seconds")
+        float | None, typer.Option(envvar="SPLITFIRE_ADVISE_ITL", help="target for the p99 of gaps between tokens, in seconds")
     ] = None,
     api_key_file: API_KEY_FILE = None,
     tls_ca: TLS_CA = None,
@@ -149,9 +149,8 @@ def measure(client: Client) -> Profile:
         {"streams": count, "context": tokens + _num_output(count) // 2, "seconds": step_s(ask, count, tokens)}
         for count, tokens in cases
     ]
-    length = longest // 2
-    prompt_alone_s = statistics.median(answer.prefill_s for answer in by_length[length])
-    prompt_beside, step_beside = beside(ask, length, prompt_alone_s, float(steps[STREAMS.index(BESIDE)]["seconds"]))
+    alone_s = {length: statistics.fmean(a.prefill_s for a in by_length[length]) for length in (longest // 8, longest // 2)}
+    prompt_beside, step_beside = beside(ask, alone_s, float(steps[STREAMS.index(BESIDE)]["seconds"]))
     fleet = client.fleet()
     answers = [answer for some in by_length.values() for answer in some]
     decode = next(worker for worker in fleet.workers if worker.role == pb.ROLE_DECODE)
@@ -204,21 +203,22 @@ def step_s(ask: Callable[[int, int], Answer], num_streams: int, num_prompt: int)
     return statistics.median(spans)
 
 
-def beside(ask: Callable[[int, int], Answer], num_prompt: int, prompt_alone_s: float, step_alone_s: float) -> tuple[float, float]:
-    """How much longer prompts take while BESIDE streams run, and their steps while prompts are computed one after another; at least 1."""
-    num_tokens = min(LONGEST_PROMPT - 2 * STEP_PROMPT, MORE_TOKENS + int(2 * REPEATS * prompt_alone_s / step_alone_s))
+def beside(ask: Callable[[int, int], Answer], alone_s: Mapping[int, float], step_alone_s: float) -> tuple[float, float]:
+    """How much longer prompts of these lengths take while BESIDE streams run, and their steps while prompts are computed one after
+    another; at least 1. Means: two processors may be halves of one for a moment and not for the next."""
+    num_tokens = min(LONGEST_PROMPT - 2 * STEP_PROMPT, MORE_TOKENS + int(2 * REPEATS * sum(alone_s.values()) / step_alone_s))
     with ThreadPoolExecutor(BESIDE) as pool:
         streams = [pool.submit(ask, STEP_PROMPT, num_tokens) for _ in range(BESIDE)]
         began = time.monotonic()
-        prompts = [ask(num_prompt, 1) for _ in range(REPEATS)]
+        beside_s = [ask(length, 1).prefill_s for _ in range(REPEATS) for length in alone_s]
         ended = time.monotonic()
         spans = []
         for answer in (stream.result() for stream in streams):
             inside = [at for at in answer.token_times if began <= at <= ended]
             if len(inside) > 1:
                 spans.append((inside[-1] - inside[0]) / (len(inside) - 1))
-    prompt_s = statistics.median(answer.prefill_s for answer in prompts)
-    return max(1.0, prompt_s / prompt_alone_s), max(1.0, statistics.median(spans) / step_alone_s) if spans else 1.0
+    prompt_ratio = statistics.fmean(took / alone for took, alone in zip(beside_s, REPEATS * [*alone_s.values()], strict=True))
+    return max(1.0, prompt_ratio), max(1.0, statistics.median(spans) / step_alone_s) if spans else 1.0
 
 
 def _num_output(num_streams: int) -> int:

@@ -62,6 +62,14 @@ class Client:
         except grpc.RpcError as exc:
             raise ServerError(explain(exc, self.address)) from exc
 
+    def traces(self, *, name: str = "", last: int = 0, slowest: int = 0) -> list[pb.RequestTrace]:
+        """What the router process that answers remembers."""
+        asked = pb.GetTracesRequest(id=name, last=last, slowest=slowest)
+        try:
+            return list(self._stub.GetTraces(asked, timeout=CALL_TIMEOUT_S, metadata=self._metadata).traces)
+        except grpc.RpcError as exc:
+            raise ServerError(explain(exc, self.address)) from exc
+
     def change_role(self, worker_id: str, role: pb.Role.ValueType) -> None:
         """Returns when the worker was told to."""
         admin = inference_pb2_grpc.AdminStub(self._channel)
@@ -90,15 +98,21 @@ def connect(address: str, api_key_file: Path | None = None, tls_ca: Path | None 
 def explain(error: grpc.RpcError, address: str) -> str:
     """The server's sentence and its stable reason; a hint when nobody answers."""
     call = cast(grpc.Call, error)  # what a stub raises is both
-    status = rpc_status.from_call(call)
-    reasons = []
-    for detail in status.details if status is not None else ():
-        info = ErrorInfo()
-        if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info):
-            reasons.append(info.reason)
+    reasons = reasons_of(error)
     details = call.details() or ""
     if not reasons and any(word in details.lower() for word in ("handshake", "verification")):
         return f"{address} does not prove who it is: {details}; --tls-ca names who must have signed its certificate"
     if not reasons and call.code() is grpc.StatusCode.UNAVAILABLE:
         return f"nobody answers on {address}; start a fleet with `splitfire up`, or name another with --server"
     return f"{details} ({', '.join([call.code().name, *reasons])})"
+
+
+def reasons_of(error: grpc.RpcError) -> list[str]:
+    """The stable reasons of a server of ours; empty when the error is another's, or the connection's."""
+    status = rpc_status.from_call(cast(grpc.Call, error))
+    reasons = []
+    for detail in status.details if status is not None else ():
+        info = ErrorInfo()
+        if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info):
+            reasons.append(info.reason)
+    return reasons

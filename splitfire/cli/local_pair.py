@@ -17,8 +17,8 @@ from typing import Any
 
 from splitfire.cli.findings import DigestCost, Member, PairReading
 from splitfire.cli.supervisor import default_cpus
+from splitfire.core.flags import PARENT_VARIABLE
 from splitfire.core.machine import MachineFacts, Namespaces, SharedMemory
-from splitfire.core.settings import PARENT_VARIABLE
 
 START_S = 60.0  # torch from a cold disk
 ANSWER_S = 15.0

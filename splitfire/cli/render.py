@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -12,22 +14,25 @@ from splitfire.v1 import inference_pb2 as pb
 SCREEN = 80
 
 
+LEGS = (
+    (pb.LEG_FIRST_TOKEN, "to token 1"),
+    (pb.LEG_SECOND_TOKEN, "token 1 to 2"),
+    (pb.LEG_REST, "all that follow"),
+)
+
+
 def print_waterfall(console: Console, summary: pb.Summary) -> None:
-    """One line a phase: where it ran, how long it took, and when, drawn to scale."""
-    end = max((p.start_s + p.duration_s for p in summary.phases), default=0.0) or 1e-9
+    """A leg after the other, each to its own scale: a line a phase, where it ran, how long it took, and when."""
     names = max((len(p.name) for p in summary.phases), default=0)
     where = max((len(p.worker) for p in summary.phases), default=0)
-    width = SCREEN - names - where - len("12345.6") - 6  # what is left beside the other columns
-    scale = f"{end * 1e3:.0f} ms"
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("phase", "where", "ms"):
-        table.add_column(title, justify="right" if title == "ms" else "left", no_wrap=True)
-    table.add_column(f"0 {'─' * (width - len(scale) - 3)} {scale}", no_wrap=True)
-    for phase in summary.phases:
-        begin = min(int(phase.start_s / end * width), width - 1)
-        length = min(max(1, round(phase.duration_s / end * width)), width - begin)
-        table.add_row(phase.name, phase.worker, f"{phase.duration_s * 1e3:.1f}", " " * begin + "█" * length)
-    console.print(table)
+    seconds = {pb.LEG_FIRST_TOKEN: summary.first_token_s, pb.LEG_SECOND_TOKEN: summary.second_token_s, pb.LEG_REST: summary.rest_s}
+    for tokens, (leg, title) in enumerate(LEGS, 1):
+        phases = [phase for phase in summary.phases if phase.leg == leg]
+        if phases:
+            console.print(f"[bold]{title}: {seconds[leg] * 1e3:.1f} ms[/]{_each(leg, seconds[leg], summary.usage)}")
+            console.print(_leg_table(phases, max(names, len("phase")), max(where, len("where"))))
+        elif summary.phases and summary.usage.generated_tokens >= tokens:  # the router had fallen behind: two cores, both full
+            console.print(f"[bold]{title}: 0.0 ms[/], in one message with what was before")
     usage = summary.usage
     line = f"{usage.prompt_tokens} prompt tokens ({usage.cached_prompt_tokens} cached), {usage.generated_tokens} generated, seed {summary.seed}"
     if usage.draft_tokens:
@@ -38,6 +43,28 @@ def print_waterfall(console: Console, summary: pb.Summary) -> None:
             f"; KV: {moved.bytes / 1e6:.2f} MB in {moved.blocks} blocks over {moved.transport} in {moved.duration_s * 1e3:.1f} ms"
         )
     console.print(line, style="dim", highlight=False)
+
+
+def _each(leg: pb.Leg.ValueType, seconds: float, usage: pb.Usage) -> str:
+    """What a token took, where there are several."""
+    count = usage.generated_tokens - 2
+    return f", {seconds * 1e3 / count:.2f} ms each of {count}; sums over all steps" if leg == pb.LEG_REST and count > 0 else ""
+
+
+def _leg_table(phases: Sequence[pb.Phase], names: int, where: int) -> Table:
+    begin, end = phases[0].start_s, max(p.start_s + p.duration_s for p in phases)
+    scale_s = max(end - begin, 1e-9)
+    width = SCREEN - names - where - len("12345.67") - 6  # what is left beside the other columns
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("phase", no_wrap=True, width=names)
+    table.add_column("where", no_wrap=True, width=where)
+    table.add_column("ms", justify="right", no_wrap=True, width=len("12345.67"))
+    table.add_column("", no_wrap=True)
+    for phase in phases:
+        at = min(int((phase.start_s - begin) / scale_s * width), width - 1)
+        length = min(max(1, round(phase.duration_s / scale_s * width)), width - at)
+        table.add_row(phase.name, phase.worker, f"{phase.duration_s * 1e3:.2f}", " " * at + "█" * length)
+    return table
 
 
 def fleet_table(fleet: pb.GetFleetResponse) -> Table:

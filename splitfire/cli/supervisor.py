@@ -23,7 +23,7 @@ from pathlib import Path
 
 from splitfire.cli.client import Client, ServerError
 from splitfire.core.errors import ConfigError
-from splitfire.core.settings import PARENT_VARIABLE
+from splitfire.core.flags import PARENT_VARIABLE
 from splitfire.v1 import inference_pb2 as pb
 
 READY_TIMEOUT_S = 1800.0  # a large checkpoint takes its time
@@ -31,6 +31,7 @@ PAIR_TIMEOUT_S = 10.0
 POLL_S = 0.05
 FIRST_RESTART_S, MAX_RESTART_S = 1.0, 30.0
 STOP_TIMEOUT_S = 70.0
+OWN_PORTS, PORT_TRIES = range(20_000, 32_000), 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +206,12 @@ def _new_directory() -> Path:
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on now, nor will for an outgoing connection: Linux takes those from 32768 on."""
+    for port in secrets.SystemRandom().sample(OWN_PORTS, PORT_TRIES):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError(f"none of {PORT_TRIES} ports from {OWN_PORTS.start} to {OWN_PORTS.stop - 1} is free")
 
 
 def free_ports(count: int, *, but: int) -> list[int]:

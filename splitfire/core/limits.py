@@ -1,4 +1,6 @@
-"""Every number that bounds what comes from outside. A limit here has a test at the limit and one over it."""
+"""The numbers that bound what comes from outside, but for those of HTTP connections and of the TCP transport. A limit here has a test at
+the limit and one over it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ GREEDY_BELOW = 1e-4  # temperatures under this are greedy
 MAX_PENALTY = 2.0  # presence and frequency, either sign
 MAX_REPETITION_PENALTY = 100.0
 MAX_MESSAGES = 1024
+MAX_JSON_VALUES = 16384  # in the lists of a request over HTTP, token ids and schemas apart
 MAX_TOOLS = 128  # of a request, and calls of a message
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_CHARS = 512
@@ -31,6 +34,26 @@ MAX_STREAMS_PER_CONNECTION = 256
 MAX_CONNECTION_IDLE_S = 300.0  # without a call
 DEFAULT_DEADLINE_S = 600.0
 MAX_DEADLINE_S = 3600.0
+
+# Files and batches (OpenAI's API). What a batch asks for is read a line at a time.
+MAX_PROMPTS = 128  # of one request to /v1/completions
+MAX_PROMPTS_AT_ONCE = 16  # of them
+MAX_BATCH_LINE_BYTES = MAX_MESSAGE_BYTES
+MAX_CUSTOM_ID_CHARS = 512
+MAX_BATCH_LINES = 50_000
+MAX_BATCH_ERRORS = 100  # that are told of a file that is none
+MAX_OPEN_BATCHES = 32  # of a tenant
+MAX_RUNNING_BATCHES = 16  # of a router process; the others wait
+MAX_BATCHES = 1000  # of a tenant; then the oldest that is over is forgotten
+BATCH_WINDOW_S = 24 * 3600.0
+MAX_UPLOAD_BYTES = 200 * MIB
+MAX_UPLOADS = 8  # at once
+UPLOAD_S = 600.0
+MAX_FORM_VALUE_BYTES = 256
+MAX_FILE_NAME_CHARS = 255
+MAX_FILES = 1000  # of a tenant
+MIN_FILE_AGE_S, MAX_FILE_AGE_S = 3600, 30 * 24 * 3600  # `expires_after`
+MAX_BATCH_METADATA_NAME_CHARS = 64
 
 # Text work in the router.
 TOKENIZE_TIMEOUT_S = 5.0

@@ -10,7 +10,7 @@ import signal
 from google.protobuf.internal import api_implementation
 
 from splitfire.core.errors import ConfigError
-from splitfire.core.settings import PARENT_VARIABLE
+from splitfire.core.flags import PARENT_VARIABLE
 
 MIN_OPEN_FILES = 1024
 _PR_SET_PDEATHSIG = 1

@@ -1,4 +1,4 @@
-"""Settings of the services: one frozen object each, built once in `__main__` from flags, then environment, then defaults.
+"""Settings of the services: one frozen object each, built once in `__main__` from flags, then environment, then defaults (`flags.py`).
 
 Every field is a flag (`--kv-memory`) and an environment variable (`SPLITFIRE_KV_MEMORY`); a flag wins, an empty variable
 counts as unset. What cannot be used stops the process before it listens anywhere: ConfigError, one line, exit code 2.
@@ -6,76 +6,17 @@ counts as unset. What cannot be used stops the process before it listens anywher
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from splitfire.core import limits
-from splitfire.core.errors import ConfigError
+from splitfire.core.values import Bytes, Dtype, KvDtype, Port, checked_by, parse_addresses, parse_cpus, power_of_two
 
 ENV_PREFIX = "SPLITFIRE_"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-
-
-def parse_bytes(value: object) -> object:
-    """`256MiB` as a number of bytes. Plain integers are bytes."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+)(KiB|MiB|GiB)?", value.strip())
-    if match is None:
-        raise ValueError("accepted: a number of bytes with KiB, MiB or GiB, such as 512MiB")
-    return int(match[1]) * _UNITS.get(match[2] or "", 1)
-
-
-def parse_cpus(value: str) -> tuple[int, ...]:
-    """`0,2-3` as (0, 2, 3); empty: ()."""
-    cpus: list[int] = []
-    for part in filter(None, value.split(",")):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
-        if match is None:
-            raise ValueError("accepted: processor numbers such as 0 or 0,2-3")
-        cpus += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return tuple(dict.fromkeys(cpus))
-
-
-def parse_addresses(value: str) -> tuple[str, ...]:
-    """`a:1,b:2` as ("a:1", "b:2")."""
-    addresses = tuple(part.strip() for part in value.split(",") if part.strip())
-    for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError("accepted: host:port, several with commas")
-    return addresses
-
-
-def _checked_by(parse: Callable[[str], object]) -> AfterValidator:
-    """The text stays as it was given; what cannot be parsed is refused."""
-
-    def check(value: str) -> str:
-        parse(value)
-        return value
-
-    return AfterValidator(check)
-
-
-def _power_of_two(value: int) -> int:
-    if value & (value - 1):
-        raise ValueError("accepted: a power of two")
-    return value
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Dtype = Literal["auto", "bf16", "fp16", "fp32"]
-KvDtype = Literal["auto", "bf16", "fp16", "fp32", "int8", "fp8_e4m3"]
 
 
 class ServiceSettings(BaseSettings):
@@ -126,6 +67,16 @@ class RouterSettings(ServiceSettings):
     host: str = Field("127.0.0.1", description="address clients connect to")
     port: Port = Field(7070, description="port clients connect to; 0 draws one")
     http_port: Port | None = Field(None, description="port of OpenAI's API over HTTP, at host; default: off; 0 draws one")
+    files_dir: Path | None = Field(
+        None, description="directory of OpenAI's files and batches, which routers of one machine may share; default: there are none"
+    )
+    files_bytes: Bytes = Field(16 << 30, ge=1 << 20, description="all files together, of all tenants")
+    batch_requests: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="requests of batches that are in flight, of this router; those of class batch come last anyway",
+    )
     worker_host: str = Field("127.0.0.1", description="address workers connect to")
     worker_port: Port = Field(7071, description="port workers connect to; 0 draws one")
     model_name: str = Field(
@@ -165,6 +116,13 @@ class RouterSettings(ServiceSettings):
     reflection: bool | None = Field(
         None, description="gRPC server reflection; default: on when bound to loopback, without a keys_file"
     )
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none", description="vllm: the metrics that autoscalers and gateways read, by vLLM's names too"
+    )
+    usage_file: Path | None = Field(None, description="append a line for each request: tenant, key, tokens, seconds of workers")
+    prices_file: Path | None = Field(
+        None, description="TOML file of prices by model; lines of usage_file then say what a request cost"
+    )
     router_grace_s: float = Field(30.0, ge=0, le=3600, description="seconds open requests get after SIGTERM")
 
     @model_validator(mode="after")
@@ -181,8 +139,12 @@ class RouterSettings(ServiceSettings):
                 f"worker_host {self.worker_host} can be reached from other machines: give --fleet-tls-cert, --fleet-tls-key and "
                 "--fleet-tls-ca, or both --fleet-token-file and --insecure"
             )
+        if self.prices_file is not None and self.usage_file is None:
+            raise ValueError("prices_file is of no use without usage_file: give both")
         if 0 < self.port == self.worker_port and self.host == self.worker_host:
             raise ValueError(f"port and worker_port are both {self.port}: clients and workers need a port each")
+        if self.files_dir is not None and self.http_port is None:
+            raise ValueError(f"files_dir is {self.files_dir}, but nobody could reach it: give --http-port too")
         if self.http_port and self.http_port in (self.port, self.worker_port):
             raise ValueError(f"http_port is {self.http_port}, which is another port's too: gRPC, HTTP and workers need one each")
         return self
@@ -192,7 +154,7 @@ class WorkerSettings(ServiceSettings):
     """A worker of either role."""
 
     role: Literal["prefill", "decode"] = Field("decode", description="what it announces itself as")
-    router: Annotated[str, _checked_by(parse_addresses)] = Field(
+    router: Annotated[str, checked_by(parse_addresses)] = Field(
         "127.0.0.1:7071", min_length=3, description="worker ports of all routers, comma separated; of a name, every address it has"
     )
     worker_id: str = Field(
@@ -216,18 +178,21 @@ class WorkerSettings(ServiceSettings):
     kv_dtype: KvDtype = Field(
         "auto", description="of the KV pool: bf16, fp16, fp32, int8 or fp8_e4m3; auto: the dtype of computation"
     )
-    block_size: Annotated[int, Field(ge=8, le=256), AfterValidator(_power_of_two)] = Field(32, description="tokens a KV block")
+    block_size: Annotated[int, Field(ge=8, le=256), AfterValidator(power_of_two)] = Field(32, description="tokens a KV block")
     kv_memory: Bytes | None = Field(
         None, ge=1 << 20, description="a rank's KV pool, such as 512MiB; default: one sequence of max_context, at least 128MiB"
     )
     chunk_tokens: int | None = Field(None, ge=16, le=65536, description="tokens one step computes at most; default: by device")
+    saturating_rows: int | None = Field(
+        None, ge=1, le=65536, description="tokens of one step up to which several prompts share it; default: by device"
+    )
     max_running: int = Field(64, ge=1, le=1024, description="sequences in one batch")
     speculate: Literal["off", "auto", "lookup", "predicted", "model"] = Field(
         "auto", description="who drafts on decode workers: nobody, whoever pays, or one drafter alone, where it pays"
     )
     draft_model: str = Field("", description="small model with the same tokenizer that drafts, such as pico-draft for pico")
     prefix_cache: bool = Field(True, description="keep finished KV for prompts that begin alike")
-    cpus: Annotated[str, _checked_by(parse_cpus)] = Field("", description="processors to run on, such as 0 or 0,2-3; default: all")
+    cpus: Annotated[str, checked_by(parse_cpus)] = Field("", description="processors to run on, such as 0 or 0,2-3; default: all")
     threads: int | None = Field(None, ge=1, le=1024, description="threads of the model; default: one a processor")
     slot_size: Bytes = Field(4 << 20, ge=64 << 10, le=limits.MAX_SLOT_BYTES, description="size of one ring slot")
     send_slots: int = Field(2, ge=1, le=256, description="ring slots for sending to one peer")
@@ -241,6 +206,10 @@ class WorkerSettings(ServiceSettings):
     tcp_advertise: str = Field("", description="address that peers reach transport tcp by; default: tcp_host")
     status_host: str = Field("127.0.0.1", description="address of the health port")
     status_port: Port = Field(0, description="gRPC health; 0 draws a port")
+    health_file: Path | None = Field(None, description="a file that is there, and touched every 5 s, while the worker is healthy")
+    metrics_targets: Path | None = Field(
+        None, description="directory where a file tells Prometheus (file_sd) of the metrics port, while the worker runs"
+    )
     allow_nonfinite: bool = Field(False, description="load weights that hold NaN or infinite values")
     drain_grace_s: float | None = Field(None, ge=0, le=3600, description="seconds after SIGTERM; default: 35 prefill, 60 decode")
 
@@ -256,6 +225,8 @@ class WorkerSettings(ServiceSettings):
             raise ValueError(f"ucx_devices {self.ucx_devices} carries KV in clear text between hosts: use lo, or --insecure")
         if self.role == "prefill" and self.drain_grace_s is not None and self.drain_grace_s <= limits.HOLD_S:
             raise ValueError(f"drain_grace_s of a prefill worker must exceed the hold deadline of {limits.HOLD_S:g} s")
+        if self.metrics_targets is not None and self.metrics_port is None:
+            raise ValueError("metrics_targets is told of the metrics port, and there is none: give --metrics-port, 0 draws one")
         if self.speculate == "model" and not self.draft_model:
             raise ValueError("speculate is model, and draft_model names none: give --draft-model")
         if self.draft_model and self.speculate not in ("auto", "model"):
@@ -290,91 +261,3 @@ class WorkerSettings(ServiceSettings):
         if self.drain_grace_s is not None:
             return self.drain_grace_s
         return 35.0 if role == "prefill" else 60.0
-
-
-Settings = TypeVar("Settings", bound=BaseSettings)
-
-
-def parse_settings(kind: type[Settings], argv: Sequence[str], *, prog: str) -> Settings:
-    """Flags over environment over defaults. ConfigError with one line naming the setting, its value and what is accepted."""
-    _refuse_unknown_environment(os.environ)
-    try:
-        return kind(_cli_parse_args=list(argv), _cli_prog_name=prog)
-    except ValidationError as exc:
-        raise ConfigError(_one_line(exc)) from exc
-    except SettingsError as exc:
-        raise ConfigError(_explain_flags(kind, str(exc))) from exc
-
-
-def exit_with(error: ConfigError) -> int:
-    """Prints the one line; the exit code."""
-    print(f"splitfire: {error}", file=sys.stderr)  # noqa: T201
-    return 2
-
-
-def _one_line(exc: ValidationError) -> str:
-    first = exc.errors(include_url=False)[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    message = first["msg"].removeprefix("Value error, ")
-    if not name:
-        return message
-    return f"{name} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): is {first['input']!r}: {message}"
-
-
-def _explain_flags(kind: type[BaseSettings], message: str) -> str:
-    unknown = re.search(r"unrecognized arguments: (\S+)", message)
-    if unknown is None:
-        return message.removeprefix("error parsing CLI: ").splitlines()[0]
-    flags = [f"--{name.replace('_', '-')}" for name in kind.model_fields]
-    return f"unknown flag {unknown[1]}{_nearest(unknown[1].split('=')[0], flags)}; --help lists them"
-
-
-def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
-    known = {ENV_PREFIX + name.upper() for kind in (RouterSettings, WorkerSettings) for name in kind.model_fields} | CLI_VARIABLES
-    for name in environment:
-        if name.startswith(ENV_PREFIX) and name not in known:
-            raise ConfigError(f"unknown environment variable {name}{_nearest(name, sorted(known))}")
-
-
-# Set by `splitfire up` for its children: the process whose end they must not outlive.
-PARENT_VARIABLE = ENV_PREFIX + "PARENT"
-
-# What only the command line tool reads (splitfire/cli): the twins of its own flags.
-_CLI_FLAGS = (
-    *("PREFILL", "DECODE", "AGGREGATED", "PREFILL_CPUS", "DECODE_CPUS", "SERVER", "TIMEOUT", "DEMO_PROMPT", "DEMO_TOKENS"),
-    *("ROUTERS", "MAX_TOKENS", "TEMPERATURE", "TOP_P", "TOP_K", "SEED", "STOP", "TRACE", "JSON", "PREDICTED"),
-    *("API_KEY_FILE", "TLS_CA"),
-)
-CLI_VARIABLES = {PARENT_VARIABLE, *(ENV_PREFIX + name for name in _CLI_FLAGS)}
-
-
-def describe() -> str:
-    """Every setting of every service as a page of tables."""
-    lines = [
-        "# Settings",
-        "",
-        "Printed from `splitfire/core/settings.py`; do not edit (`make docs`).",
-        "",
-        "A flag wins over its variable, a variable over the default; an empty variable counts as unset.",
-    ]
-    pages = (
-        ("What router and workers share", ServiceSettings),
-        ("`splitfire router`", RouterSettings),
-        ("`splitfire prefill`, `splitfire decode`", WorkerSettings),
-    )
-    for title, kind in pages:
-        lines += ["", f"## {title}", "", "| flag | variable | default | what it is |", "|---|---|---|---|"]
-        for name, info in kind.model_fields.items():
-            if kind is ServiceSettings or name not in ServiceSettings.model_fields:
-                default = "" if info.default is None or info.default == "" else f"`{info.default}`"
-                lines.append(f"| `--{name.replace('_', '-')}` | `{ENV_PREFIX}{name.upper()}` | {default} | {info.description} |")
-    return "\n".join([*lines, ""])
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]}?" if close else ""
-
-
-if __name__ == "__main__":
-    print(describe(), end="")  # noqa: T201

@@ -1,8 +1,9 @@
-"""Traces and logs. One trace a request; its spans are the step names of docs/architecture.md, over all processes.
+"""Traces, and logs. One trace a request; its spans are the step names of docs/architecture.md, over all processes.
 
 Spans are recorded after the fact, from instants of this process's monotonic clock. Between processes only the W3C
-trace context travels, never an instant. Export is off unless OTEL_EXPORTER_OTLP_ENDPOINT or --trace-file is given; its
-queue is bounded and drops, so a slow or absent collector never slows serving. No prompt or output text, ever.
+trace context travels, never an instant. Whether a request is traced is decided once, with its root span. Export is off
+unless OTEL_EXPORTER_OTLP_ENDPOINT or --trace-file is given; its queue is bounded and drops, so a slow or absent collector
+never slows serving. No prompt or output text, ever.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import Decision
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from splitfire.core.errors import ConfigError
@@ -30,79 +35,126 @@ from splitfire.core.errors import ConfigError
 log = structlog.get_logger("telemetry")
 STEPS = ("accept", "admit", "place", "dispatch", "prefill", "ship", "first_token", "join", "decode", "stream")
 SHUTDOWN_S = 2.0
+END = b"\n]"  # of a trace file
 Attributes = Mapping[str, str | int | float | bool]  # of a span
+SCOPE = InstrumentationScope("splitfire")
 _propagator = TraceContextTextMapPropagator()
 
 
 class Telemetry:
     """This process's tracer. Off, every call returns at once."""
 
-    def __init__(self, service: str, trace_file: Path | None) -> None:
+    def __init__(self, service: str, trace_file: Path | None, instance: str = "") -> None:
         """ConfigError when the file cannot be written, or the collector's address is none."""
         self._provider: TracerProvider | None = None
         self._epoch_ns = time.time_ns() - time.monotonic_ns()
-        has_collector = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{kind}") for kind in ("ENDPOINT", "TRACES_ENDPOINT"))
-        if not has_collector and trace_file is None:
-            return
-        self._provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
-        if has_collector:
-            _check_endpoint(
-                os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
-            )
+        self.resource = ServiceResource.of(service, instance)
+        self._processors: list[SpanProcessor] = []
+        if has_collector("TRACES"):
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - 60 ms, only if used
 
-            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=2)))
+            self._processors.append(BatchSpanProcessor(OTLPSpanExporter(timeout=2)))
         if trace_file is not None:
-            self._provider.add_span_processor(BatchSpanProcessor(PerfettoExporter(trace_file, service), schedule_delay_millis=200))
-        self._tracer = self._provider.get_tracer("splitfire")
+            self._processors.append(BatchSpanProcessor(PerfettoExporter(trace_file, service), schedule_delay_millis=200))
+        if self._processors:  # a tracer's sampler, by OpenTelemetry's own variables; spans are made here
+            self._provider = TracerProvider(resource=self.resource, shutdown_on_exit=False)
+            for processor in self._processors:
+                self._provider.add_span_processor(processor)
 
     @property
     def is_on(self) -> bool:
         return self._provider is not None
 
     def begin_request(self, traceparent: str, began: float) -> RequestTrace:
-        """The root span of a request, under the client's own context if it sent one."""
+        """The root span of a request, under the client's own context if it sent one. Whether it is recorded is the sampler's word."""
         if self._provider is None:
-            return RequestTrace(None)
-        context = _propagator.extract({"traceparent": traceparent}) if traceparent else None
-        span = self._tracer.start_span("request", context=context, kind=trace.SpanKind.SERVER, start_time=self._instant(began))
-        return RequestTrace(span)
+            return NO_TRACE
+        around = _propagator.extract({"traceparent": traceparent}) if traceparent else None
+        parent: SpanContext | None = trace.get_current_span(around).get_span_context()
+        parent = parent if parent is not None and parent.is_valid else None
+        ids = self._provider.id_generator
+        trace_id = parent.trace_id if parent is not None else ids.generate_trace_id()
+        decision = self._provider.sampler.should_sample(around, trace_id, "request", SpanKind.SERVER).decision
+        flags = TraceFlags(TraceFlags.SAMPLED if decision is Decision.RECORD_AND_SAMPLE else TraceFlags.DEFAULT)
+        return RequestTrace(SpanContext(trace_id, ids.generate_span_id(), False, flags), parent, began)
 
     def end_request(self, request: RequestTrace, ended: float, attributes: Attributes) -> None:
-        if request.span is not None:
-            request.span.set_attributes(dict(attributes))
-            request.span.end(end_time=self._instant(ended))
+        if request.context is not None and request.context.trace_flags.sampled:
+            self._tell("request", request.context, request.parent, request.began, ended, attributes, SpanKind.SERVER)
 
     def record(self, step: str, traceparent: str, began: float, ended: float, attributes: Attributes | None = None) -> None:
         """One finished span under `traceparent`. Instants are seconds of time.monotonic() in this process."""
-        if self._provider is None or not traceparent:
+        if self._provider is None or not traceparent or (parent := _parent_of(traceparent)) is None:
             return
-        context = _propagator.extract({"traceparent": traceparent})
-        span = self._tracer.start_span(step, context=context, start_time=self._instant(began), attributes=dict(attributes or {}))
-        span.end(end_time=self._instant(max(began, ended)))
+        context = SpanContext(parent.trace_id, self._provider.id_generator.generate_span_id(), False, parent.trace_flags)
+        self._tell(step, context, parent, began, ended, attributes)
+
+    def _tell(
+        self, name: str, context: SpanContext, parent: SpanContext | None, began: float, ended: float, attributes: Attributes | None,
+        kind: SpanKind = SpanKind.INTERNAL,
+    ) -> None:  # fmt: skip
+        """The processors get what a span is once it has ended. A tracer's own spans are made to be changed by many threads, which takes
+        three times as long, ten times a request."""
+        span = ReadableSpan(
+            name, context, parent, self.resource, attributes, kind=kind, start_time=self._instant(began),
+            end_time=self._instant(max(began, ended)), instrumentation_scope=SCOPE,
+        )  # fmt: skip
+        for processor in self._processors:
+            processor.on_end(span)
 
     def shutdown(self) -> None:
         """Exports what is left, but never waits longer than SHUTDOWN_S for it."""
-        if self._provider is None:
-            return
-        thread = threading.Thread(target=self._provider.shutdown, name="telemetry-shutdown", daemon=True)
-        thread.start()
-        thread.join(SHUTDOWN_S)
+        if self._provider is not None:
+            thread = threading.Thread(target=self._provider.shutdown, name="telemetry-shutdown", daemon=True)
+            thread.start()
+            thread.join(SHUTDOWN_S)
 
     def _instant(self, monotonic_s: float) -> int:
         return self._epoch_ns + int(monotonic_s * 1e9)
 
 
-class RequestTrace:
-    """What a request's trace is called elsewhere."""
+class ServiceResource(Resource):
+    """What all that this process exports is said to come from. The exporter looks it up for every span, and the library's hash of it is
+    one of its text as JSON."""
 
-    def __init__(self, span: trace.Span | None) -> None:
-        self.span = span
-        carrier: dict[str, str] = {}
-        if span is not None:
-            _propagator.inject(carrier, trace.set_span_in_context(span))
-        self.traceparent = carrier.get("traceparent", "")
-        self.trace_id = f"{span.get_span_context().trace_id:032x}" if span is not None else ""
+    @classmethod
+    def of(cls, service: str, instance: str) -> ServiceResource:
+        given = {"service.name": service, **({"service.instance.id": instance} if instance else {})}
+        made = Resource.create(given)
+        return cls(made.attributes, made.schema_url)
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@lru_cache(maxsize=256)
+def _parent_of(traceparent: str) -> SpanContext | None:
+    """Reading it takes as long as recording a span, and a request has several. None: it is not sampled."""
+    context = trace.get_current_span(_propagator.extract({"traceparent": traceparent})).get_span_context()
+    return context if context.is_valid and context.trace_flags.sampled else None
+
+
+class RequestTrace:
+    """A request's root span until it ends, and what its trace is called elsewhere: empty where there is none."""
+
+    def __init__(self, context: SpanContext | None, parent: SpanContext | None = None, began: float = 0.0) -> None:
+        self.context = context
+        self.parent = parent
+        self.began = began
+        self.traceparent = self.trace_id = ""
+        if context is not None:
+            self.trace_id = f"{context.trace_id:032x}"
+            self.traceparent = f"00-{self.trace_id}-{context.span_id:016x}-{context.trace_flags:02x}"  # W3C Trace Context
+
+
+NO_TRACE = RequestTrace(None)
 
 
 class PerfettoExporter(SpanExporter):
@@ -115,9 +167,7 @@ class PerfettoExporter(SpanExporter):
         self._path = path
         self._pid = os.getpid()
         try:
-            if path.exists() and path.stat().st_size and not _is_trace(path):
-                raise ConfigError(f"trace_file {path}: holds something else; give a new file")
-            self._append([{"name": "process_name", "ph": "M", "pid": self._pid, "args": {"name": service}}])
+            self._append([{"name": "process_name", "ph": "M", "pid": self._pid, "args": {"name": service}}], is_first=True)
         except OSError as exc:
             raise ConfigError(f"trace_file {path}: {exc.strerror or exc}") from exc
 
@@ -137,25 +187,43 @@ class PerfettoExporter(SpanExporter):
             "pid": self._pid, "tid": trace_id % 1_000_000, "args": {"trace_id": f"{trace_id:032x}", **dict(span.attributes or {})},
         }  # fmt: skip
 
-    def _append(self, events: Sequence[Mapping[str, object]]) -> None:
+    def _append(self, events: Sequence[Mapping[str, object]], *, is_first: bool = False) -> None:
         lines = ",\n".join(json.dumps(event) for event in events).encode()
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        with os.fdopen(descriptor, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            if size == 0:
-                file.write(b"[\n" + lines + b"\n]")
-            else:
-                file.seek(size - 2)  # over the closing "\n]"
-                file.write(b",\n" + lines + b"\n]")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # all processes of a host begin at once
+            size = os.fstat(descriptor).st_size
+            if is_first and size and not _is_trace(descriptor, size):
+                raise ConfigError(f"trace_file {self._path}: holds something else; give a new file")
+            at = max(0, size - len(END))
+            try:
+                _write_at(descriptor, (b",\n" if size else b"[\n") + lines + END, at)
+            except OSError:  # such as a full disk: what was there is whole again
+                os.ftruncate(descriptor, size)
+                _write_at(descriptor, END if size else b"", at)
+                raise
+        finally:
+            os.close(descriptor)
 
 
-def _is_trace(path: Path) -> bool:
+def _write_at(descriptor: int, data: bytes, at: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, at)
+        data, at = data[count:], at + count
+
+
+def has_collector(signal: str) -> bool:
+    """By OpenTelemetry's own variables; ConfigError when the address is none."""
+    endpoint = os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    if not endpoint or os.environ.get(f"OTEL_{signal}_EXPORTER") == "none":
+        return False
+    _check_endpoint(endpoint)
+    return True
+
+
+def _is_trace(descriptor: int, size: int) -> bool:
     """Whether it ends as our files do; what follows is written over that end."""
-    with path.open("rb") as file:
-        begin = file.read(2)
-        file.seek(max(2, path.stat().st_size - 2))
-        return begin == b"[\n" and file.read() == b"\n]"
+    return os.pread(descriptor, 2, 0) == b"[\n" and os.pread(descriptor, len(END), max(2, size - len(END))) == END
 
 
 def _check_endpoint(endpoint: str) -> None:

@@ -70,3 +70,8 @@ def layout_to_wire(layout: KvLayout) -> pb.KvFormat:
 def layout_from_wire(wire: pb.KvFormat) -> KvLayout:
     """Any numbers; `KvLayout.converts_to` says whether they can be used."""
     return KvLayout(wire.dtype, wire.num_layers, wire.num_kv_heads, wire.head_dim, wire.block_size)
+
+
+def trace_id_of(traceparent: str) -> str:
+    """Of W3C's header; empty where there is none."""
+    return traceparent[3:35]

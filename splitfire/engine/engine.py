@@ -30,6 +30,7 @@ from splitfire.engine.runner import Launched, StepRunner
 from splitfire.engine.scheduler import Budget, Scheduler, Step
 from splitfire.engine.sequence import SeqId, SequenceSpec
 from splitfire.engine.sequences import Sequences
+from splitfire.engine.spent import Spent
 from splitfire.engine.updates import DraftCounts, EngineLoad, PlainTokens, StepResult
 
 RATE_SMOOTHING = 0.2  # of each new measurement
@@ -44,6 +45,8 @@ class _Flight:
     step: Step
     launched: Launched
     began: float
+    draft_s: float
+    schedule_s: float
 
 
 class Engine:
@@ -73,6 +76,7 @@ class Engine:
         self._decode_step_s = 0.0
         self._ahead: _Flight | None = None  # launched behind the step whose results were told last
         self._ended = -inf  # when that was
+        self._spent = Spent()
         self.on_started: Callable[[tuple[SeqId, ...]], None] = lambda ids: None
 
     # -- engine thread
@@ -109,10 +113,15 @@ class Engine:
             self._ahead = self._launch(is_behind=True)
         drawn = flight.launched.tokens()
         ended = self._clock()
+        began = max(flight.began, self._ended)
+        for piece in step.slices:
+            if not piece.sequence.is_decoding and piece.sequence.times.prompt_done is None:
+                piece.sequence.times.add_chunk(began, ended, piece.num_rows, step.num_rows)
         with self.lock:
             plain, events = self._sequences.update(step, drawn, ended)
             self._proposals.count(events)
-        result = StepResult(plain, tuple(events), step.num_rows, ended - max(flight.began, self._ended))
+        self._spend(flight, ended - began)
+        result = StepResult(plain, tuple(events), step.num_rows, ended - began, self._spent)
         self._ended = ended
         self._measure(step, result)
         self._proposals.tell(result)
@@ -170,15 +179,27 @@ class Engine:
             lanes = self._scheduler.lanes
             decoding = lanes.at(lanes.decoding.lanes)
             drafts = self._proposals.ask(decoding, self._budget.chunk_tokens + self._budget.max_running - len(decoding))
+        drafted = self._clock()
         with self.lock:
             step = self._scheduler.schedule(self._chunk_limit(), drafts)
         if not step.num_rows:
             return None
         self._start(step, began)
+        scheduled = self._clock()
         launched = self.runner.launch(step)
         if self.runner.runs_ahead:
             self._scheduler.launched(step)
-        return _Flight(step, launched, began)
+        return _Flight(step, launched, began, drafted - began, scheduled - drafted)
+
+    def _spend(self, flight: _Flight, duration_s: float) -> None:
+        """Counts a step. What was done for it while the device was busy with the one before took no time of its own."""
+        is_behind = flight.began < self._ended
+        draft_s, schedule_s = (0.0, 0.0) if is_behind else (flight.draft_s, flight.schedule_s)
+        sample_s = flight.launched.sample_s
+        forward_s = max(0.0, duration_s - draft_s - schedule_s - sample_s)
+        self._spent = self._spent.plus(
+            schedule_s=schedule_s, draft_s=draft_s, forward_s=forward_s, sample_s=sample_s, num_rows=flight.step.num_rows
+        )
 
     def _chunk_limit(self) -> int | None:
         """Tokens that MAX_CHUNK_S is enough for at the measured rate, in whole blocks; None until measured."""

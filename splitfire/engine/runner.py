@@ -6,6 +6,7 @@ the device replaces this file and nothing above it.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +31,11 @@ class Model(Protocol):
 
 
 class Launched(Protocol):
-    """A step that was given to the device."""
+    """A step that was given to the device. `sample_s`, once its tokens are there: of its time, what the draw took; 0 where the device
+    did that too."""
+
+    @property
+    def sample_s(self) -> float: ...
 
     def tokens(self) -> StepTokens:
         """Waits for what it comes to; the device is done with the step then. To be called once."""
@@ -60,6 +65,7 @@ class Ready:
     """A step whose results are there."""
 
     result: StepTokens
+    sample_s: float = 0.0
 
     def tokens(self) -> StepTokens:
         return self.result
@@ -75,12 +81,15 @@ class Runner:
         self.pool = pool
 
     def launch(self, step: Step) -> Ready:
-        return Ready(self.run(step))
-
-    def run(self, step: Step) -> StepTokens:
         """Computes the KV of every row, and a token, or several, for each sequence whose end the step reaches."""
         with torch.inference_mode():
-            tokens = draw(self.model.compute(batch_of(step), self.pool), step)
+            logits = self.model.compute(batch_of(step), self.pool)
+            computed = time.monotonic()
+            tokens = draw(logits, step)
+            sample_s = time.monotonic() - computed
         if self.pool.device.type == "cuda":
             torch.cuda.current_stream(self.pool.device).synchronize()  # a chunk that ends no prompt has nothing to wait for
-        return tokens
+        return Ready(tokens, sample_s)
+
+    def run(self, step: Step) -> StepTokens:
+        return self.launch(step).result

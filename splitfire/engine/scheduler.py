@@ -1,7 +1,8 @@
 """Which sequences compute how many tokens in the next step. Pure: no tensors, no clock, no threads.
 
-One rule serves both roles: every sequence that decodes goes first (one token each), then prompts share what is left of the
-token budget in chunks, of one class those with least to compute first, unless they have been passed often enough. Drafts come last:
+One rule serves both roles: every sequence that decodes goes first (one token each), then comes a chunk of a prompt, of one class the
+one with least to compute, unless it has been passed often enough. Others join it as long as that is nearly free: beyond the rows that
+saturate the processor each of them would only put off the first token of those before it. Drafts come last:
 they fill the step up to `chunk_tokens + max_running` rows, so that they take nothing from prompts and always have as many rows as there
 may be sequences, and they never make anybody give way: a draft is cut to the blocks that are there, and to what the sequence may still
 get. What it does not need after all goes back after the step.
@@ -33,10 +34,12 @@ AGEING = 3  # a prompt is passed by shorter ones until they have taken as many t
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Bounds of one step. Prompts get what decoding sequences leave of `chunk_tokens`; with drafts a step has at most
-    `chunk_tokens + max_running` rows."""
+    `chunk_tokens + max_running` rows. `saturating_rows` are as many as a step computes in the time that it takes to read the weights
+    (the ridge of its roofline): each further one makes it longer by as much; None: no step has so many."""
 
     chunk_tokens: int
     max_running: int
+    saturating_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +222,7 @@ class Scheduler:
             if not self._make_room(sequence):
                 return Step(self.lanes, self.lanes.nothing, ())
         decoding = self.lanes.runnable
-        slices = self._chunks(chunk_tokens - len(decoding))
+        slices = self._chunks(chunk_tokens, len(decoding))
         step = Step(self.lanes, decoding, slices)
         return self._with_drafts(step, drafts, chunk_tokens) if drafts else step
 
@@ -246,12 +249,14 @@ class Scheduler:
             sequence.num_committed_blocks = end
         self.lanes.update(sequence)
 
-    def _chunks(self, left: int) -> list[Slice]:
-        """Of prompts under way and of those that wait, by turn. Who waits and has no room lets nobody else begin."""
+    def _chunks(self, most_rows: int, num_rows: int) -> list[Slice]:
+        """Of prompts under way and of those that wait, by turn; `num_rows` of the step decode. Who waits and has no room lets nobody else
+        begin."""
         slices: list[Slice] = []
+        joint_rows = min(most_rows, self.budget.saturating_rows or most_rows)
         started = self.prefilling.copy()
         can_admit = True
-        while left > 0:
+        while num_rows < (joint_rows if slices else most_rows):
             comes_first = not started or (bool(self.waiting) and _turn(self.waiting[0]) < _turn(started[0]))
             if can_admit and comes_first and self.waiting and self.num_free_lanes > 0:
                 sequence = self.waiting[0]
@@ -262,8 +267,11 @@ class Scheduler:
                 sequence = started.pop(0)
             else:
                 break
-            slices.append(self._chunk(sequence, left))
-            left -= slices[-1].num_rows
+            piece = self._chunk(sequence, most_rows - num_rows)
+            if slices and num_rows + piece.num_rows > joint_rows:
+                break
+            slices.append(piece)
+            num_rows += piece.num_rows
         return slices
 
     def _chunk(self, sequence: Sequence, left: int) -> Slice:

@@ -16,6 +16,7 @@ from splitfire.core.lifecycle import SEQUENCE, Seq, SeqEvent, advance
 from splitfire.core.sampling import SamplingParams, StopParams
 from splitfire.engine.blocks import BlockId
 from splitfire.engine.constraint import Constraint, Grammar
+from splitfire.engine.spent import SequenceTimes
 
 SeqId = NewType("SeqId", int)
 
@@ -169,11 +170,3 @@ class Sequence:
     def shareable_names(self) -> list[BlockHash]:
         """Names of the blocks another sequence's cache could supply: all full ones but never the last token's."""
         return self.names(0, (self.num_tokens - 1) // self.block_size)
-
-
-@dataclass(slots=True)
-class SequenceTimes:
-    """Instants on this process's monotonic clock, seconds; None until they happen."""
-
-    started: float | None = None  # first scheduled
-    prompt_done: float | None = None

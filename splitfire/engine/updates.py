@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from splitfire.engine.blocks import BlockId
 from splitfire.engine.kernels.sample import SampledToken
-from splitfire.engine.sequence import SeqId, SequenceTimes
+from splitfire.engine.sequence import SeqId
+from splitfire.engine.spent import NOTHING_SPENT, SequenceTimes, Spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class StepResult:
     events: tuple[SequenceUpdate, ...]
     num_rows: int
     duration_s: float
+    spent: Spent = NOTHING_SPENT  # of all steps, this one the last of them
 
     @property
     def updates(self) -> list[SequenceUpdate]:

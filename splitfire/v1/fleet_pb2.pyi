@@ -847,15 +847,13 @@ class SequenceOutput(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
-    ACCEPTED_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    ACCEPTED_OFFSETS_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     offset: _builtins.int
     """of the first token id, among all output tokens"""
     draft_tokens: _builtins.int
     """that a drafter proposed and a step verified, since the frame before"""
-    accepted_draft_tokens: _builtins.int
-    """of those, among the tokens of the frame"""
     choice: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -863,7 +861,11 @@ class SequenceOutput(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]: ...
     @_builtins.property
     def timing(self) -> Global___WorkerTiming:
-        """with the first token of an attempt"""
+        """with the first token of an attempt, and with the first that a decode worker makes"""
+
+    @_builtins.property
+    def accepted_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of those that were right: places among all output tokens"""
 
     def __init__(
         self,
@@ -874,12 +876,12 @@ class SequenceOutput(_message.Message):
         logprobs: _abc.Iterable[_inference_pb2.TokenLogprobs] | None = ...,
         timing: Global___WorkerTiming | None = ...,
         draft_tokens: _builtins.int = ...,
-        accepted_draft_tokens: _builtins.int = ...,
         choice: _builtins.int = ...,
+        accepted_offsets: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_draft_tokens", b"accepted_draft_tokens", "attempt", b"attempt", "choice", b"choice", "draft_tokens", b"draft_tokens", "logprobs", b"logprobs", "offset", b"offset", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_offsets", b"accepted_offsets", "attempt", b"attempt", "choice", b"choice", "draft_tokens", b"draft_tokens", "logprobs", b"logprobs", "offset", b"offset", "timing", b"timing", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -887,13 +889,16 @@ Global___SequenceOutput: _TypeAlias = SequenceOutput  # noqa: Y015
 
 @_typing.final
 class WorkerTiming(_message.Message):
-    """Durations one worker measured for one attempt; a start counts from the moment its Submit was read."""
+    """Durations one worker measured for one attempt, in order and without overlap in each leg; the router lays them out."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PHASES_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
+    busy_s: _builtins.float
+    """the attempt's share of the steps it was in, by rows: over all attempts it adds up to the time of all steps"""
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.Phase]: ...
     def __init__(
@@ -901,10 +906,11 @@ class WorkerTiming(_message.Message):
         *,
         phases: _abc.Iterable[_inference_pb2.Phase] | None = ...,
         cached_tokens: _builtins.int = ...,
+        busy_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "phases", b"phases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "cached_tokens", b"cached_tokens", "phases", b"phases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

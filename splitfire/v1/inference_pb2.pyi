@@ -71,6 +71,32 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Leg:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LegEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Leg.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LEG_UNSPECIFIED: _Leg.ValueType  # 0
+    LEG_FIRST_TOKEN: _Leg.ValueType  # 1
+    """accept to the first token at the client's stream"""
+    LEG_SECOND_TOKEN: _Leg.ValueType  # 2
+    """from there to the second: what a hand-off shows of itself"""
+    LEG_REST: _Leg.ValueType  # 3
+    """to the last token: each phase is a total over all steps"""
+
+class Leg(_Leg, metaclass=_LegEnumTypeWrapper):
+    """The three parts of an answer's time."""
+
+LEG_UNSPECIFIED: Leg.ValueType  # 0
+LEG_FIRST_TOKEN: Leg.ValueType  # 1
+"""accept to the first token at the client's stream"""
+LEG_SECOND_TOKEN: Leg.ValueType  # 2
+"""from there to the second: what a hand-off shows of itself"""
+LEG_REST: Leg.ValueType  # 3
+"""to the last token: each phase is a total over all steps"""
+Global___Leg: _TypeAlias = Leg  # noqa: Y015
+
 class _Role:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -564,6 +590,7 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    ACCEPTED_DRAFTS_FIELD_NUMBER: _builtins.int
     choice: _builtins.int
     offset: _builtins.int
     """place of the first of `token_ids` among this choice's tokens; contiguous, from 0"""
@@ -581,6 +608,10 @@ class GenerateResponse(_message.Message):
     def summary(self) -> Global___Summary:
         """set in the last message of the stream"""
 
+    @_builtins.property
+    def accepted_drafts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """places in `token_ids` of those that a drafter had proposed: steps that were saved"""
+
     def __init__(
         self,
         *,
@@ -591,10 +622,11 @@ class GenerateResponse(_message.Message):
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
         summary: Global___Summary | None = ...,
+        accepted_drafts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "offset", b"offset", "summary", b"summary", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_drafts", b"accepted_drafts", "choice", b"choice", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "offset", b"offset", "summary", b"summary", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -660,16 +692,28 @@ class Summary(_message.Message):
     PHASES_FIELD_NUMBER: _builtins.int
     KV_TRANSFER_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
+    SECOND_TOKEN_S_FIELD_NUMBER: _builtins.int
+    REST_S_FIELD_NUMBER: _builtins.int
+    EACH_TOKEN_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     seed: _builtins.int
     trace_id: _builtins.str
     """empty when tracing is off"""
+    first_token_s: _builtins.float
+    """Of choice 0, by the router's clock: until its first token was handed to the client's stream, from there to the second, and on to
+    the last. The phases of a leg add up to it.
+    """
+    second_token_s: _builtins.float
+    rest_s: _builtins.float
+    each_token_s: _builtins.float
+    """mean gap between its tokens; 0 where there are fewer than two"""
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     @_builtins.property
     def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Phase]:
-        """of choice 0, by start"""
+        """of choice 0, by start; they do not overlap"""
 
     @_builtins.property
     def kv_transfer(self) -> Global___KvTransfer:
@@ -685,10 +729,14 @@ class Summary(_message.Message):
         phases: _abc.Iterable[Global___Phase] | None = ...,
         kv_transfer: Global___KvTransfer | None = ...,
         trace_id: _builtins.str = ...,
+        first_token_s: _builtins.float = ...,
+        second_token_s: _builtins.float = ...,
+        rest_s: _builtins.float = ...,
+        each_token_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_transfer", b"kv_transfer", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_transfer", b"kv_transfer", "model", b"model", "phases", b"phases", "request_id", b"request_id", "seed", b"seed", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["each_token_s", b"each_token_s", "first_token_s", b"first_token_s", "kv_transfer", b"kv_transfer", "model", b"model", "phases", b"phases", "request_id", b"request_id", "rest_s", b"rest_s", "second_token_s", b"second_token_s", "seed", b"seed", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -731,8 +779,8 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Phase(_message.Message):
-    """A named part of a request's life. Starts are the router's own clock or laid out from durations that workers measured;
-    no two machines' clocks are ever compared.
+    """A named part of a request's life. Durations are measured by one clock each, the router's or a worker's, and laid one behind the
+    other; no two machines' clocks are ever compared. What is left between them is on the way: `transit`, `wire`, `stream`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -741,12 +789,20 @@ class Phase(_message.Message):
     START_S_FIELD_NUMBER: _builtins.int
     DURATION_S_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    LEG_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     start_s: _builtins.float
     """since the request was accepted"""
     duration_s: _builtins.float
     worker: _builtins.str
     """"router" or a worker's id"""
+    leg: Global___Leg.ValueType
+    count: _builtins.int
+    """of chunks or steps that it sums up; 0: one"""
+    tokens: _builtins.int
+    """of the prompt, that a `prefill` computed"""
     def __init__(
         self,
         *,
@@ -754,10 +810,13 @@ class Phase(_message.Message):
         start_s: _builtins.float = ...,
         duration_s: _builtins.float = ...,
         worker: _builtins.str = ...,
+        leg: Global___Leg.ValueType = ...,
+        count: _builtins.int = ...,
+        tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "name", b"name", "start_s", b"start_s", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "duration_s", b"duration_s", "leg", b"leg", "name", b"name", "start_s", b"start_s", "tokens", b"tokens", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1069,6 +1128,94 @@ class Candidate(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
+
+@_typing.final
+class GetTracesRequest(_message.Message):
+    """One of the three. A router process remembers the latest 1000 requests that it served itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    SLOWEST_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """a request's id, or a trace's"""
+    last: _builtins.int
+    """so many of the latest, newest first; at most 1000"""
+    slowest: _builtins.int
+    """so many of those that took longest to their first token; at most 1000"""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        last: _builtins.int = ...,
+        slowest: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "last", b"last", "slowest", b"slowest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTracesRequest: _TypeAlias = GetTracesRequest  # noqa: Y015
+
+@_typing.final
+class GetTracesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def traces(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestTrace]:
+        """none: this process does not know of it, or not any more"""
+
+    def __init__(
+        self,
+        *,
+        traces: _abc.Iterable[Global___RequestTrace] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["traces", b"traces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTracesResponse: _TypeAlias = GetTracesResponse  # noqa: Y015
+
+@_typing.final
+class RequestTrace(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    outcome: _builtins.str
+    """"ok", "cancelled", or the error's reason"""
+    duration_s: _builtins.float
+    age_s: _builtins.float
+    """since it ended"""
+    @_builtins.property
+    def summary(self) -> Global___Summary:
+        """as far as it came"""
+
+    def __init__(
+        self,
+        *,
+        summary: Global___Summary | None = ...,
+        tenant: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        duration_s: _builtins.float = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "duration_s", b"duration_s", "outcome", b"outcome", "summary", b"summary", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestTrace: _TypeAlias = RequestTrace  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):

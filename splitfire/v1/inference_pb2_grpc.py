@@ -54,6 +54,11 @@ class InferenceStub:
                 request_serializer=splitfire_dot_v1_dot_inference__pb2.GetFleetRequest.SerializeToString,
                 response_deserializer=splitfire_dot_v1_dot_inference__pb2.GetFleetResponse.FromString,
                 _registered_method=True)
+        self.GetTraces = channel.unary_unary(
+                '/splitfire.v1.Inference/GetTraces',
+                request_serializer=splitfire_dot_v1_dot_inference__pb2.GetTracesRequest.SerializeToString,
+                response_deserializer=splitfire_dot_v1_dot_inference__pb2.GetTracesResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -86,6 +91,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTraces(self, request, context):
+        """Where the time of earlier requests went: of the caller's own, or, for an administrator, of everybody's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +120,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetFleet,
                     request_deserializer=splitfire_dot_v1_dot_inference__pb2.GetFleetRequest.FromString,
                     response_serializer=splitfire_dot_v1_dot_inference__pb2.GetFleetResponse.SerializeToString,
+            ),
+            'GetTraces': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTraces,
+                    request_deserializer=splitfire_dot_v1_dot_inference__pb2.GetTracesRequest.FromString,
+                    response_serializer=splitfire_dot_v1_dot_inference__pb2.GetTracesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,6 +235,33 @@ class Inference:
             '/splitfire.v1.Inference/GetFleet',
             splitfire_dot_v1_dot_inference__pb2.GetFleetRequest.SerializeToString,
             splitfire_dot_v1_dot_inference__pb2.GetFleetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTraces(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/splitfire.v1.Inference/GetTraces',
+            splitfire_dot_v1_dot_inference__pb2.GetTracesRequest.SerializeToString,
+            splitfire_dot_v1_dot_inference__pb2.GetTracesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,8 @@ class InferenceStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     GetFleet: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetFleetRequest, _inference_pb2.GetFleetResponse]
     """The fleet as this router sees it: workers, their load, their machines, and the measured pairs."""
+    GetTraces: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetTracesRequest, _inference_pb2.GetTracesResponse]
+    """Where the time of earlier requests went: of the caller's own, or, for an administrator, of everybody's."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -53,6 +55,8 @@ class InferenceAsyncStub(InferenceStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     GetFleet: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetFleetRequest, _inference_pb2.GetFleetResponse]  # type: ignore[assignment]
     """The fleet as this router sees it: workers, their load, their machines, and the measured pairs."""
+    GetTraces: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetTracesRequest, _inference_pb2.GetTracesResponse]  # type: ignore[assignment]
+    """Where the time of earlier requests went: of the caller's own, or, for an administrator, of everybody's."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -85,6 +89,14 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GetFleetResponse, _abc.Awaitable[_inference_pb2.GetFleetResponse]]:
         """The fleet as this router sees it: workers, their load, their machines, and the measured pairs."""
+
+    @_abc_1.abstractmethod
+    def GetTraces(
+        self,
+        request: _inference_pb2.GetTracesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.GetTracesResponse, _abc.Awaitable[_inference_pb2.GetTracesResponse]]:
+        """Where the time of earlier requests went: of the caller's own, or, for an administrator, of everybody's."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -13,8 +13,9 @@ from decode_svc.service import DecodeService
 from kvtransfer.transport import Transport
 from prefill_svc.service import PrefillService
 from splitfire.core.errors import ConfigError
+from splitfire.core.flags import exit_with, parse_settings
 from splitfire.core.process import end_with_parent, require_environment
-from splitfire.core.settings import WorkerSettings, exit_with, parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.core.telemetry import configure_logging
 from splitfire.worker.loading import LoadedModel, load_model
 from splitfire.worker.transports import open_transport

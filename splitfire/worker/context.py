@@ -13,10 +13,10 @@ from splitfire.core.layout import KvLayout
 from splitfire.core.telemetry import Telemetry
 from splitfire.engine.sequence import SeqId
 from splitfire.engine.updates import SequenceUpdate
-from splitfire.v1 import inference_pb2
 from splitfire.worker.host import EngineHost
 from splitfire.worker.job import Handoff, Job, Replies
 from splitfire.worker.tally import HandoffTally
+from splitfire.worker.timing import Teller
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,9 @@ class WorkerContext:
     clock: Callable[[], float] = time.monotonic
     tally: HandoffTally = field(default_factory=HandoffTally)
 
-    def phase(self, job: Job, name: str, began: float, ended: float) -> inference_pb2.Phase:
-        """A phase of `job`, its start counted from the moment the job came in."""
-        return inference_pb2.Phase(
-            name=name, start_s=began - job.received_at, duration_s=max(0.0, ended - began), worker=self.worker_id
-        )
+    @property
+    def teller(self) -> Teller:
+        return Teller(self.worker_id)
 
 
 class RoleService(Protocol):

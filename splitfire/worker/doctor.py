@@ -24,9 +24,10 @@ from kvtransfer.peers import PeerAddress
 from kvtransfer.probe import PairRates
 from kvtransfer.transport import Transport
 from splitfire.core.errors import ConfigError, SplitfireError
+from splitfire.core.flags import exit_with, parse_settings
 from splitfire.core.layout import KvLayout
 from splitfire.core.process import end_with_parent, require_environment
-from splitfire.core.settings import WorkerSettings, exit_with, parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.core.telemetry import configure_logging
 from splitfire.engine.kernels.pack import pack, unpack
 from splitfire.engine.pool import KvPool

@@ -19,6 +19,7 @@ from splitfire.core import limits
 from splitfire.core.errors import Internal, SplitfireError, Unsupported
 from splitfire.core.ranges import require
 from splitfire.core.response_format import OutputGrammar
+from splitfire.core.wire import trace_id_of
 from splitfire.engine.constraint import Grammar
 from splitfire.engine.grammar import GrammarCompiler
 from splitfire.engine.sequence import SequenceSpec
@@ -83,7 +84,13 @@ class GrammarDesk:
         if isinstance(error, SplitfireError):
             job.refuse(error)
         elif error is not None:
-            log.error("grammar failed", request_id=job.request_id, error=type(error).__name__, detail=str(error))
+            log.error(
+                "grammar failed",
+                request_id=job.request_id,
+                trace_id=trace_id_of(job.traceparent),
+                error=type(error).__name__,
+                detail=str(error),
+            )
             job.refuse(Internal(f"the grammar failed: {type(error).__name__}"))
         elif building.result().is_over:
             job.replies.finished(fleet_pb2.Finished(attempt=job.attempt, reason=inference_pb2.FINISH_REASON_STOP))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
-from splitfire.engine.engine import Engine
+from splitfire.engine.engine import NOTHING, Engine
 from splitfire.engine.lending import Reservation
 from splitfire.engine.sequence import SeqId, SequenceSpec
 from splitfire.engine.updates import StepResult
@@ -44,6 +44,7 @@ class EngineHost:
         self._commands: deque[Callable[[], None]] = deque()  # bounded by the attempts a worker accepts
         self._is_stopping = False
         self.last_turn = time.monotonic()
+        self.latest = NOTHING  # what is told, or was told last
         engine.on_started = lambda ids: self._post(on_started, ids)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -91,12 +92,16 @@ class EngineHost:
             command()
         result = self.engine.step()
         if result.num_rows:
-            self._post(self._on_step, result)
+            self._post(self._tell, result)
         elif self.engine.has_work:
             with self._wake:
                 if not self._commands:
                     self._wake.wait(STARVED_S)
         return True
+
+    def _tell(self, result: StepResult) -> None:
+        self.latest = result
+        self._on_step(result)
 
     def _post(self, call: Callable[..., None], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending

@@ -91,7 +91,7 @@ class RouterLink:
             unsent.token_ids.extend(output.token_ids[known:])
             unsent.logprobs.extend(output.logprobs[known:])
             unsent.draft_tokens += output.draft_tokens
-            unsent.accepted_draft_tokens += output.accepted_draft_tokens
+            unsent.accepted_offsets.extend(output.accepted_offsets)
             if output.HasField("timing"):
                 unsent.timing.MergeFrom(output.timing)
         self._has_frames.set()

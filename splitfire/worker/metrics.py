@@ -1,4 +1,4 @@
-"""A worker's metrics, read at scrape time. io thread. Only loaded when --metrics-port is given."""
+"""A worker's metrics, read when somebody asks. io thread. Only loaded when somebody wants them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A worker process, joined: links to routers, the engine's host, the transfer agent, and the two role services. io thread.
+"""A worker process, joined: links to routers, the engine's host, the transfer agent, and what it has to do. io thread.
 
-A frame of a router becomes a job for one of the services; an update of the engine goes to the service that owns the
-sequence. Everything is decided elsewhere.
+A frame of a router goes to whom it is for, a step of the engine to the jobs that it computed. Everything is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -10,34 +9,35 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import ParamSpec
 
 import structlog
 
 from kvtransfer.agent import AgentOptions, TransferAgent
 from kvtransfer.frames import slot_bytes_for
 from kvtransfer.transport import Transport
-from splitfire.core.errors import Exhausted, Internal, Mismatch, SplitfireError, Unavailable
+from splitfire.core.errors import Mismatch, SplitfireError
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from splitfire.core.machine import facts_to_wire
+from splitfire.core.outlets import MetricsOutlets, wants_metrics
+from splitfire.core.scrape_target import ScrapeTarget
 from splitfire.core.secret_files import read_secret
 from splitfire.core.settings import WorkerSettings
 from splitfire.core.telemetry import Telemetry
-from splitfire.core.wire import fingerprint_to_wire, grammar_from_wire, layout_to_wire
+from splitfire.core.wire import fingerprint_to_wire, layout_to_wire
 from splitfire.engine.parallel.followers import RankLost
-from splitfire.engine.sequence import SeqId
 from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2
 from splitfire.worker.channels import Dialler
-from splitfire.worker.context import GeneratingService, RoleService, SendingService, WorkerContext
+from splitfire.worker.context import GeneratingService, SendingService, WorkerContext
 from splitfire.worker.grammars import GrammarDesk
-from splitfire.worker.health import HealthPort
+from splitfire.worker.health import HealthFile, HealthPort
 from splitfire.worker.host import EngineHost
-from splitfire.worker.job import Job, JobLimits, Replies, handoff_from_wire, make_job, peer_address, refusal
+from splitfire.worker.job import JobLimits, peer_address
+from splitfire.worker.jobs import Jobs
 from splitfire.worker.link import LinkOptions, RouterLink
-from splitfire.worker.load import LoadReporter, OpenJobs, ReportStream, host_id
+from splitfire.worker.load import LoadReporter, ReportStream, host_id
 from splitfire.worker.loading import LoadedModel
 from splitfire.worker.machine import copy_rate, machine_facts
 from splitfire.worker.pairs import PairMeasurer
@@ -48,7 +48,6 @@ from splitfire.worker.routers import Routers
 log = structlog.get_logger("worker")
 WATCH_EVERY_S = 0.5
 SHUTDOWN_S = 3.0  # for saying goodbye; the process ends whatever happens
-P = ParamSpec("P")
 STUCK_S = 60.0  # a step that takes longer than this means the engine is lost, not slow
 
 
@@ -66,9 +65,9 @@ class Worker:
         self.incarnation = secrets.token_bytes(16)
         self.worker_id = settings.worker_id or f"{settings.role}-{self.incarnation.hex()[:6]}"
         self._loaded = loaded
-        self._telemetry = Telemetry(f"splitfire-{settings.role}", settings.trace_file)
+        self._telemetry = Telemetry(f"splitfire-{settings.role}", settings.trace_file, self.worker_id)
         loop = asyncio.get_running_loop()
-        self._host = EngineHost(loaded.engine, loop, self._on_started, self._on_step, self._on_crash)
+        self._host = EngineHost(loaded.engine, loop, lambda ids: self._jobs.on_started(ids), self._on_step, self._on_crash)
         widest = replace(loaded.layout, dtype="fp32")  # what any peer's pool may ask for
         slot_bytes = max(settings.slot_size, slot_bytes_for(widest.block_bytes))
         options = AgentOptions(settings.send_slots, settings.receive_slots, slot_bytes, settings.max_peers)
@@ -82,8 +81,8 @@ class Worker:
         context = WorkerContext(self.worker_id, self._host, self.agent, loaded.layout, self._telemetry, settings.kv_digest)
         self._tally = context.tally
         self._grammars = GrammarDesk(loaded.grammars)
-        self._prefill, self._decode = services(context)
-        self._limits = JobLimits(
+        prefill, decode = services(context)
+        job_limits = JobLimits(
             loaded.model.config.vocab_size,
             loaded.max_context,
             loaded.engine.blocks.num_blocks,
@@ -96,16 +95,20 @@ class Worker:
         self._routers = Routers(
             settings.routers, lambda address: RouterLink(LinkOptions(address, token, dial), self, self._on_refused)
         )
-        self._role = RoleChanger(settings.role, self, self._routers, (self._prefill, self._decode))
+        self._role = RoleChanger(settings.role, self, self._routers, (prefill, decode))
+        self._jobs = Jobs(
+            prefill, decode, self._grammars, self._role, job_limits, 2 * settings.max_running, loaded.engine.num_missing
+        )
         self._changing: asyncio.Task[None] | None = None
         self._health = HealthPort(settings.status_host, settings.status_port)
-        self._open_jobs = OpenJobs(self._is_open, loaded.engine.num_missing)
+        self._health_file = HealthFile(settings.health_file) if settings.health_file is not None else None
+        self._outlets: MetricsOutlets | None = None
+        self._scrape_target: ScrapeTarget | None = None
         self._reporter = LoadReporter(
-            loaded.engine, self.agent, self._open_jobs, lambda: self._is_draining or self._role.is_changing
+            loaded.engine, self.agent, self._jobs.open, lambda: self._jobs.is_draining or self._role.is_changing
         )
         self._measurer = PairMeasurer(self.agent, copy_rate(slot_bytes), self._reporter.add_pair)
         self._roster = Roster(time.monotonic)
-        self._is_draining = False
         self._changed = asyncio.Event()
         self._exit = asyncio.Event()
         self._exit_code = 0
@@ -130,7 +133,7 @@ class Worker:
             role=self.settings.role,
             status_port=self._health.port,
             metrics_port=metrics_port,
-            blocks=self._limits.num_blocks,
+            blocks=self._loaded.engine.blocks.num_blocks,
         )
         tasks = [asyncio.create_task(self._routers.run(), name="routers"), asyncio.create_task(self._watch(), name="watch")]
         for task in tasks:
@@ -145,6 +148,11 @@ class Worker:
             async with asyncio.timeout(SHUTDOWN_S):
                 await asyncio.gather(*tasks, return_exceptions=True)
                 await self._health.stop()
+                if self._outlets is not None:
+                    await asyncio.to_thread(self._outlets.close)
+        self._tell_health_file(is_serving=False)
+        if self._scrape_target is not None:
+            self._scrape_target.remove()
         self.agent.close()
         self._grammars.close()
         self._host.stop()
@@ -154,24 +162,31 @@ class Worker:
     def _open_metrics(self) -> int | None:
         """The port, if there is to be one."""
         settings = self.settings
-        if settings.metrics_port is None:
+        if not wants_metrics(settings.metrics_port):
             return None
-        from splitfire.core.metrics import MetricsPort  # noqa: PLC0415 - 60 ms, only if used
-        from splitfire.worker.metrics import WorkerMetrics  # noqa: PLC0415
+        from splitfire.worker.metrics import WorkerMetrics  # noqa: PLC0415 - 60 ms, only if used
 
         metrics = WorkerMetrics(self.agent, self._loaded.engine, self._reporter, self._tally)
         post = asyncio.get_running_loop().call_soon_threadsafe
-        return MetricsPort(settings.metrics_host, settings.metrics_port, metrics.collect, post).port
+        self._outlets = MetricsOutlets(settings.metrics_host, settings.metrics_port, self._telemetry, metrics.collect, post, {})
+        port = self._outlets.port
+        if settings.metrics_targets is not None and port is not None:
+            self._scrape_target = ScrapeTarget(settings.metrics_targets, settings.metrics_host, port, {"worker": self.worker_id})
+        return port
+
+    def _tell_health_file(self, *, is_serving: bool) -> None:
+        if self._health_file is not None:
+            self._health_file.set_serving(is_serving)
 
     def drain(self) -> None:
         """SIGTERM: no new work, finish what is here within the grace time. The second time: at once."""
-        if self._is_draining:
+        if self._jobs.is_draining:
             self._stop(0)
             return
-        self._is_draining = True
+        self._jobs.is_draining = True
         self._changed.set()
         grace_s = self.settings.grace_of(self._role.role)
-        log.info("draining", jobs=self._num_jobs, grace_s=grace_s)
+        log.info("draining", jobs=self._jobs.num_jobs, grace_s=grace_s)
         asyncio.get_running_loop().call_later(grace_s, self._stop, 0)
         self._reporter.report_now()
 
@@ -202,14 +217,11 @@ class Worker:
     def on_frame(self, link: RouterLink, frame: fleet_pb2.AttachResponse) -> None:
         kind = frame.WhichOneof("frame")
         if kind == "submit":
-            self._submit(link, frame.submit)
+            self._jobs.submit(link, frame.submit)
         elif kind == "cancel":
-            choice = frame.cancel.choice if frame.cancel.HasField("choice") else None
-            self._grammars.cancel(link, frame.cancel.attempt)  # several choices never wait for one
-            for service in (self._prefill, self._decode):
-                service.cancel(link, frame.cancel.attempt, choice)
+            self._jobs.cancel(link, frame.cancel)
         elif kind == "redirect":
-            self._redirect(link, frame.redirect)
+            self._jobs.redirect(link, frame.redirect)
         elif kind == "peer_up":
             self._roster.up(link, frame.peer_up.peer.incarnation)
             self._meet(frame.peer_up.peer)
@@ -218,7 +230,7 @@ class Worker:
                 self._part(frame.peer_gone.incarnation)
         elif kind == "measure":
             self._measurer.measure(frame.measure.peer_incarnation)
-        elif kind == "drain" and not self._is_draining:
+        elif kind == "drain" and not self._jobs.is_draining:
             self.drain()
         elif kind == "change_role":
             self._change_role(frame.change_role)
@@ -230,8 +242,7 @@ class Worker:
     def on_lost(self, link: RouterLink) -> None:
         self._changed.set()
         self._roster.router_lost(link)
-        for place in (self._grammars, self._prefill, self._decode):
-            place.cancel(link, None)
+        self._jobs.router_lost(link)
 
     def reports(self, link: RouterLink) -> contextlib.AbstractContextManager[ReportStream]:
         return self._reporter.stream(link)
@@ -240,81 +251,18 @@ class Worker:
 
     @property
     def num_busy(self) -> int:
-        return self._num_jobs + self.agent.num_open
+        return self._jobs.num_jobs + self.agent.num_open
 
     def report_now(self) -> None:
         self._reporter.report_now()
 
     # -- inside
 
-    @property
-    def _num_jobs(self) -> int:
-        return self._grammars.num_jobs + self._prefill.num_jobs + self._decode.num_jobs
-
-    def _submit(self, link: RouterLink, submit: fleet_pb2.Submit) -> None:
-        with _refusing(link, submit.attempt):
-            if self._is_draining:
-                raise Unavailable("the worker is draining", reason="draining")
-            self._role.refuse()
-            if self._num_jobs >= 2 * self.settings.max_running:
-                raise Exhausted(
-                    f"the worker has {self._num_jobs} requests, limit {2 * self.settings.max_running}", reason="queue_full"
-                )
-            job = make_job(submit, link, self._limits, time.monotonic())
-            if submit.HasField("grammar"):
-                self._grammars.build(job, grammar_from_wire(submit.grammar), self._take)
-            else:
-                self._take(job)
-
-    def _take(self, job: Job) -> None:
-        with _refusing(job.replies, job.attempt):
-            self._role.refuse()  # it may have begun to change while a grammar was built
-            service = self._prefill if job.part == fleet_pb2.PART_PREFILL else self._decode
-            service.submit(job)
-            self._open_jobs.add(job)
-
-    def _is_open(self, seq_id: SeqId) -> bool:
-        return self._prefill.owns(seq_id) or self._decode.owns(seq_id)
-
-    def _redirect(self, link: RouterLink, redirect: fleet_pb2.Redirect) -> None:
-        try:
-            handoff = handoff_from_wire(redirect.handoff, self.agent.transport.name)
-            self._prefill.redirect(link, redirect.attempt, handoff)
-        except SplitfireError as exc:
-            self._prefill.cancel(link, redirect.attempt)
-            link.refused(refusal(redirect.attempt, exc, is_retryable=exc.is_retryable))
-
-    def _on_started(self, ids: tuple[SeqId, ...]) -> None:
-        self._open_jobs.begun(ids)
-        for seq_id in ids:
-            for service in (self._prefill, self._decode):
-                if service.owns(seq_id):
-                    self._guarded(service, seq_id, service.on_started, seq_id)
-                    break
-
     def _on_step(self, result: StepResult) -> None:
-        has_ended = False
         self._reporter.cache_may_have_changed()
-        for seq_id, offset, token_id in result.plain:
-            self._guarded(self._decode, seq_id, self._decode.on_token, seq_id, offset, token_id)
-        for update in result.events:
-            has_ended |= update.is_finished
-            for service in (self._prefill, self._decode):
-                if service.owns(update.seq_id):
-                    self._guarded(service, update.seq_id, service.on_update, update)
-                    break
-        if has_ended:
+        self._jobs.on_step(result)
+        if any(update.is_finished for update in result.events):
             self._reporter.report_now()
-
-    def _guarded(self, service: RoleService, seq_id: SeqId, act: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """One request that cannot go on fails alone."""
-        try:
-            act(*args, **kwargs)
-        except SplitfireError as exc:
-            service.fail(seq_id, exc)
-        except Exception as exc:
-            log.exception("request failed")
-            service.fail(seq_id, Internal(f"worker failed: {type(exc).__name__}"))
 
     def _meet(self, peer: fleet_pb2.Peer) -> None:
         """A worker of the other role is up. The prefill side measures."""
@@ -329,7 +277,7 @@ class Worker:
             self._reporter.repeat_pair(address.incarnation)
 
     def _change_role(self, change: fleet_pb2.ChangeRole) -> None:
-        if not self._is_draining and self._role.begin(change.role, change.grace_s):
+        if not self._jobs.is_draining and self._role.begin(change.role, change.grace_s):
             self._changing = asyncio.create_task(self._role.run(change.grace_s), name="role-change")
             self._changing.add_done_callback(self._on_task_done)
 
@@ -345,11 +293,13 @@ class Worker:
                 async with asyncio.timeout(WATCH_EVERY_S):
                     await self._changed.wait()
             self._changed.clear()
-            await self._health.set_serving(not self._is_draining and self._routers.is_attached)
-            if self.agent.is_worn_out and not self._is_draining:
+            is_serving = not self._jobs.is_draining and self._routers.is_attached
+            await self._health.set_serving(is_serving)
+            self._tell_health_file(is_serving=is_serving)
+            if self.agent.is_worn_out and not self._jobs.is_draining:
                 log.error("too many transfers were lost with their peers; a fresh start is needed")
                 self.drain()
-            if self._is_draining and not self._num_jobs:
+            if self._jobs.is_draining and not self._jobs.num_jobs:
                 self._stop(0)
             for incarnation in self._roster.expired():
                 self._part(incarnation)
@@ -374,15 +324,3 @@ class Worker:
     def _stop(self, code: int) -> None:
         self._exit_code = self._exit_code or code
         self._exit.set()
-
-
-@contextlib.contextmanager
-def _refusing(replies: Replies, attempt: int) -> Iterator[None]:
-    """One bad request fails alone."""
-    try:
-        yield
-    except SplitfireError as exc:
-        replies.refused(refusal(attempt, exc, is_retryable=exc.is_retryable))
-    except Exception as exc:
-        log.exception("submit failed", attempt=attempt)
-        replies.refused(refusal(attempt, Internal(f"submit failed: {type(exc).__name__}"), is_retryable=False))

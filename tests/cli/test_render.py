@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from splitfire.cli.render import fleet_table, pair_line, print_waterfall
@@ -32,21 +33,34 @@ def test_the_fleet_fits_80_columns_and_nothing_is_cut() -> None:
     assert rows[1].startswith("decode-0590af")
 
 
-def test_the_waterfall_is_to_scale_and_never_runs_over() -> None:
+def test_each_leg_of_the_waterfall_is_to_its_own_scale_and_never_runs_over() -> None:
+    first, rest = pb.LEG_FIRST_TOKEN, pb.LEG_REST
     summary = pb.Summary(
         phases=[
-            pb.Phase(name="prefill", start_s=0.0, duration_s=0.05, worker="prefill-2c53a1"),
-            pb.Phase(name="decode", start_s=0.05, duration_s=0.05, worker="decode-0590af"),
-            pb.Phase(name="join", start_s=0.1, duration_s=0.0, worker="decode-0590af"),
-        ]
+            pb.Phase(name="prefill-queue", start_s=0.0, duration_s=0.05, worker="prefill-2c53a1", leg=first),
+            pb.Phase(name="prefill", start_s=0.05, duration_s=0.05, worker="prefill-2c53a1", leg=first),
+            pb.Phase(name="stream", start_s=0.1, duration_s=1e-6, worker="router", leg=first),
+            pb.Phase(name="forward", start_s=0.1, duration_s=0.9, worker="decode-0590af", leg=rest, count=9),
+            pb.Phase(name="sample", start_s=1.0, duration_s=0.1, worker="decode-0590af", leg=rest, count=9),
+        ],
+        first_token_s=0.1,
+        rest_s=1.0,
+        usage=pb.Usage(generated_tokens=12),
     )
     screen, text = console()
     print_waterfall(screen, summary)
     lines = text.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
+    assert [line for line in lines if ":" in line] == [
+        "to token 1: 100.0 ms",
+        "token 1 to 2: 0.0 ms, in one message with what was before",
+        "all that follow: 1000.0 ms, 100.00 ms each of 10; sums over all steps",
+    ]
     bars = {line.split()[0]: (line.count("█"), line.find("█")) for line in lines if "█" in line}
-    assert bars["prefill"][0] == bars["decode"][0] > 20
-    assert bars["decode"][1] - bars["prefill"][1] == bars["prefill"][0]
+    assert bars["prefill"][0] == bars["prefill-queue"][0] > 15
+    assert bars["prefill"][1] - bars["prefill-queue"][1] == bars["prefill"][0]
+    assert bars["forward"][1] == bars["prefill-queue"][1], "a leg begins at the left"
+    assert bars["forward"][0] == pytest.approx(9 * bars["sample"][0], abs=9)
 
 
 def test_drafts_are_told_where_there_were_any() -> None:

@@ -12,16 +12,10 @@ import pytest
 
 from splitfire.core import limits
 from splitfire.core.errors import ConfigError
+from splitfire.core.flags import describe, parse_settings
 from splitfire.core.secret_files import read_secret
-from splitfire.core.settings import (
-    RouterSettings,
-    WorkerSettings,
-    describe,
-    parse_addresses,
-    parse_bytes,
-    parse_cpus,
-    parse_settings,
-)
+from splitfire.core.settings import RouterSettings, WorkerSettings
+from splitfire.core.values import parse_addresses, parse_bytes, parse_cpus
 from tests.checkpoints import PICO
 
 
@@ -58,6 +52,7 @@ def test_flags_and_environment_mean_the_same(monkeypatch: pytest.MonkeyPatch) ->
         (["--blok-size=16"], "did you mean --block-size?"),  # B106
         (["--block-size=33"], "a power of two"),  # B108
         (["--block-size=0"], "block_size"),
+        (["--metrics-targets=/targets"], "give --metrics-port"),
         (["--block-size=-4"], "block_size"),
         (["--block-size=big"], "block_size"),
         (["--kv-memory=10GB"], "KiB, MiB or GiB"),  # B107

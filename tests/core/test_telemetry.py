@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from splitfire.core.errors import ConfigError
-from splitfire.core.telemetry import Telemetry
+from splitfire.core.telemetry import PerfettoExporter, Telemetry
 
 
 def test_the_trace_file_is_valid_json_after_every_write(tmp_path: Path) -> None:
@@ -35,6 +37,22 @@ def test_a_clients_own_trace_is_continued() -> None:
     telemetry = Telemetry("x", Path("/dev/null"))
     assert telemetry.begin_request(parent, 0.0).trace_id == "0af7651916cd43dd8448eb211c80319c"
     assert telemetry.begin_request("nonsense", 0.0).trace_id not in ("", "0af7651916cd43dd8448eb211c80319c")
+
+
+def test_what_is_not_sampled_is_not_recorded_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By OpenTelemetry's own variables, and by the client's context."""
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0"
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    path = tmp_path / "trace.json"
+    telemetry = Telemetry("x", path)
+    for traceparent, names in (("", set()), (parent + "0", set()), (parent + "1", {"request", "decode"})):
+        request = telemetry.begin_request(traceparent, 0.0)
+        assert request.traceparent.endswith("01" if names else "00")
+        assert request.trace_id
+        telemetry.record("decode", request.traceparent, 0.0, 1.0)
+        telemetry.end_request(request, 1.0, {})
+    telemetry.shutdown()
+    assert {e["name"] for e in json.loads(path.read_text()) if e["ph"] == "X"} == {"request", "decode"}
 
 
 def test_off_means_nothing_happens() -> None:
@@ -84,3 +102,26 @@ def test_a_collectors_address_that_is_none_is_refused(endpoint: str, monkeypatch
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
     with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_ENDPOINT: is"):
         Telemetry("test", None)
+
+
+def test_a_full_disk_leaves_the_trace_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F29: what does not fit is dropped, and what was there can still be read."""
+    path = tmp_path / "trace.json"
+    exporter = PerfettoExporter(path, "one")
+    exporter._append([{"name": "a"}])
+    before, real = path.read_text(), os.pwrite
+
+    def full(descriptor: int, data: bytes, at: int) -> int:
+        if len(data) > 8:
+            if at + 8 > len(before) + 6:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(descriptor, data[:8], at)
+        return real(descriptor, data, at)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        exporter._append([{"name": "b" * 100}])
+    assert path.read_text() == before
+    monkeypatch.setattr(os, "pwrite", real)
+    exporter._append([{"name": "c"}])
+    assert [event["name"] for event in json.loads(path.read_text())] == ["process_name", "a", "c"]

@@ -10,8 +10,9 @@ import pytest
 
 from splitfire.cli.credentials import write_certificates
 from splitfire.core.errors import ConfigError
+from splitfire.core.flags import parse_settings
 from splitfire.core.identity import FleetRole
-from splitfire.core.settings import RouterSettings, WorkerSettings, parse_settings
+from splitfire.core.settings import RouterSettings, WorkerSettings
 from splitfire.core.tls import read_authority, read_certificate, read_identity
 
 NOW = datetime.now(UTC)

@@ -128,8 +128,33 @@ def greedy(prompt: Sequence[int] = PROMPT, count: int = 16, **fields: Any) -> pb
     )
 
 
+def generated_at(summary: pb.Summary) -> set[str]:
+    """The decode workers that had a part in it and told of it."""
+    return {phase.worker for phase in summary.phases if phase.name in ("step", "forward")}
+
+
+def generating(fleet: RunningFleet) -> str:
+    """A decode worker in the middle of an answer, as it reported."""
+    busy: list[str] = []
+
+    def look() -> bool:
+        busy[:] = [w.worker_id for w in fleet.status().workers if w.role == pb.ROLE_DECODE and w.running_sequences]
+        return bool(busy)
+
+    until(look)
+    return busy[0]
+
+
 LONG = greedy(count=1900)
 LONG.sampling.temperature = 1.5  # nothing that could be guessed, so it takes its time
+SLOW = ("--kernels=torch", "--speculate=off")  # a worker whose answers are not over before it reports them
+
+
+def lasting(request_id: str) -> pb.GenerateRequest:
+    """LONG, by this name."""
+    request = pb.GenerateRequest(request_id=request_id)
+    request.MergeFrom(LONG)
+    return request
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pytest
 from splitfire.core import limits
 from splitfire.v1 import inference_pb2 as pb
 from tests.core.test_validation import BAD
-from tests.e2e.fleets import LONG, PROMPT, Refusal, RunningFleet, greedy, refusal_of, start_fleet, until
+from tests.e2e.fleets import LONG, PROMPT, SLOW, Refusal, RunningFleet, greedy, lasting, refusal_of, start_fleet, until
 
 INVALID, EXHAUSTED, UNIMPLEMENTED = (
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -198,7 +198,7 @@ def test_a_slow_prompt_is_bounded_and_holds_nobody_up(pico: RunningFleet) -> Non
 
 def test_a_request_id_is_used_once_at_a_time(pico: RunningFleet) -> None:
     """B32, F64."""
-    call = pico.stub.Generate(greedy(count=400, request_id="mine"))
+    call = pico.stub.Generate(lasting("mine"))
     next(call)
     refusal = refused(pico, greedy(request_id="mine"))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.ALREADY_EXISTS, "duplicate_request_id")
@@ -375,15 +375,19 @@ def test_reflection_is_off_when_the_operator_says_so(pico: RunningFleet) -> None
 
 def test_a_queue_that_is_full_refuses_at_once_with_a_hint(pico: RunningFleet) -> None:
     """P17, F53."""
-    with start_fleet("pico", prefill=0, router=("--max-requests=1", "--max-queued=1")) as fleet:
-        running = fleet.stub.Generate(greedy(count=1500))
+    with start_fleet("pico", prefill=0, router=("--max-requests=1", "--max-queued=1"), worker=SLOW) as fleet:
+        running = fleet.stub.Generate(LONG)
         next(running)
         waiting = fleet.stub.Generate(greedy(count=2))
         until(lambda: fleet.status().queued_requests == 1)
-        began = time.perf_counter()
-        refusal = refused(fleet, greedy(count=2))
-        assert time.perf_counter() - began < 0.5
+        took_s = []
+        for _ in range(3):  # this process may be kept waiting itself
+            began = time.perf_counter()
+            refusal = refused(fleet, greedy(count=2))
+            took_s.append(time.perf_counter() - began)
+        assert min(took_s) < 0.5
         assert (refusal.code, refusal.reason, refusal.is_retryable) == (EXHAUSTED, "queue_full", True)
+        assert next(running).token_ids, "at once: the other still runs"
         running.cancel()
         assert sum(len(r.token_ids) for r in waiting) == 2
         fleet.assert_no_leaks()
@@ -391,8 +395,7 @@ def test_a_queue_that_is_full_refuses_at_once_with_a_hint(pico: RunningFleet) ->
 
 def test_what_waited_too_long_is_refused(pico: RunningFleet) -> None:
     """P17: `--max-queued-s`. Who runs meanwhile goes on."""
-    slow = ("--kernels=torch", "--speculate=off")
-    with start_fleet("pico", prefill=0, router=("--max-requests=1", "--max-queued-s=0.2"), worker=slow) as fleet:
+    with start_fleet("pico", prefill=0, router=("--max-requests=1", "--max-queued-s=0.2"), worker=SLOW) as fleet:
         running = fleet.stub.Generate(LONG)
         next(running)
         refusal = refused(fleet, greedy(count=2))

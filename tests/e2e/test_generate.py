@@ -52,9 +52,12 @@ def test_predicted_output_makes_the_same_answer_from_drafts(pico: RunningFleet) 
     plain = pico.generate(request)[0]
     for predicted, least in ((plain.text, 40), ("# nothing like it\n" * 20, 0)):
         request.predicted_output = predicted
-        answer = pico.generate(request)[0]
-        assert answer.ids == plain.ids
-        usage = answer.summary.usage
+        for _ in range(10):  # steps with drafts that took longer than without are followed by some without
+            answer = pico.generate(request)[0]
+            assert answer.ids == plain.ids
+            usage = answer.summary.usage
+            if usage.accepted_draft_tokens >= least:
+                break
         assert least <= usage.accepted_draft_tokens <= usage.draft_tokens
 
 
@@ -136,27 +139,34 @@ def test_chat_tokenize_and_models(pico: RunningFleet) -> None:
     assert len(model.fingerprint) == 64
 
 
-def test_phases_tell_where_the_time_went(pico: RunningFleet) -> None:
-    summary = pico.generate(greedy([(11 * i) % 4000 for i in range(200)], 4))[0].summary
-    phases = {p.name: p for p in summary.phases}
-    assert set(phases) >= {
-        "accept",
-        "admit",
-        "place",
-        "dispatch",
-        "prefill-queue",
-        "prefill",
-        "ship",
-        "first_token",
-        "join",
-        "decode",
-        "stream",
+def test_phases_tell_where_the_time_went_and_add_up(pico: RunningFleet) -> None:
+    for turn in range(10):  # where the router is late with a token, the hand-off is hidden behind it, or all steps are
+        summary = pico.generate(greedy([(11 * i + turn) % 4000 for i in range(600)], 12))[0].summary
+        if {"prefill", "unpack", "forward"} <= {phase.name for phase in summary.phases}:
+            break
+    legs = {
+        pb.LEG_FIRST_TOKEN: summary.first_token_s,
+        pb.LEG_SECOND_TOKEN: summary.second_token_s,
+        pb.LEG_REST: summary.rest_s,
     }
-    assert phases["prefill"].worker == "prefill-0"
-    assert phases["decode"].worker == "decode-0"
-    assert all(p.duration_s >= 0 for p in summary.phases)
-    assert phases["first_token"].start_s >= phases["prefill"].start_s + phases["prefill"].duration_s - 1e-6
-    assert [p.start_s for p in summary.phases] == sorted(p.start_s for p in summary.phases)
+    at = 0.0
+    for leg, seconds in legs.items():
+        phases = [p for p in summary.phases if p.leg == leg]
+        assert seconds > 0
+        assert sum(p.duration_s for p in phases) == pytest.approx(seconds, abs=1e-9)
+        for phase in phases:
+            assert phase.duration_s > 0
+            assert phase.start_s == pytest.approx(at, abs=1e-9), "no gap, no overlap"
+            at += phase.duration_s
+    workers = {p.name: p.worker for p in summary.phases}
+    assert workers["prefill"] == "prefill-0"
+    assert workers["step"] == workers["forward"] == workers["unpack"] == "decode-0"
+    assert {"accept", "admit", "place", "dispatch", "prefill", "transit", "stream"} <= set(workers)
+    chunks = [p for p in summary.phases if p.name == "prefill"]
+    assert len(chunks) == 3  # of at most 256 tokens
+    assert sum(p.tokens for p in chunks) == 600
+    [forward] = [p for p in summary.phases if p.name == "forward"]
+    assert 1 <= forward.count <= 10
 
 
 def test_the_pair_measured_itself_and_used_shared_memory(pico: RunningFleet) -> None:

@@ -201,7 +201,7 @@ def test_bodies_that_are_none(door: Door, body: bytes, status: int, code: str) -
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1//completions", "/v1/completions;x", "/V1/completions", "/%2e%2e/", "/v1/completions/", "/", "/admin"]
+    "path", ["/v1//completions", "/v1/completions;x", "/V1/completions", "/%2e%2e/", "/v1/completions/", "/admin"]
 )
 def test_paths_are_these_and_no_others(door: Door, path: str) -> None:
     """B48."""
@@ -215,8 +215,14 @@ def test_another_method_is_told_which(door: Door) -> None:
 
 @pytest.mark.parametrize(
     ("line", "status"),
-    [("Origin: http://evil.example", 403), ("Origin: null", 403), ("Origin: http://localhost", 400), ("Origin: http://localhost:1", 403)],
-)  # fmt: skip
+    [
+        ("Origin: http://evil.example", 403),
+        ("Origin: null", 403),
+        ("Origin: http://[", 403),
+        ("Origin: http://localhost", 400),
+        ("Origin: http://localhost:1", 403),
+    ],
+)
 def test_pages_from_elsewhere_are_refused(door: Door, line: str, status: int) -> None:
     """B49; those of this server may ask."""
     assert door.post("/v1/completions", b"{}", "Content-Type: application/json", line)[0] == status
@@ -287,3 +293,28 @@ def test_tools_that_the_model_could_not_see_are_refused(door: Door) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         door.chat(tools=weather())
     assert (caught.value.code, caught.value.param) == ("unsupported_tools", "tools")
+
+
+@pytest.mark.parametrize("kind", ["chat", "complete"])
+def test_a_stream_that_asks_for_it_says_where_its_time_went(door: Door, kind: str) -> None:
+    ask = door.chat if kind == "chat" else door.complete
+    chunks = list(ask(stream=True, extra_body={"ignore_eos": True, "include_trace": True}))
+    told = [chunk.model_extra["splitfire"] for chunk in chunks if "splitfire" in chunk.model_extra]
+    *pieces, trace = told
+    text = "".join(piece for one in pieces for piece in one["pieces"])
+    parts = [(c.delta.content if kind == "chat" else c.text) or "" for chunk in chunks for c in chunk.choices]
+    assert text.replace("<|endoftext|>", "") == "".join(parts), "special tokens are tokens, and no text"
+    assert sum(len(one["pieces"]) for one in pieces) == 24
+    accepted = sum(len(one["accepted_drafts"]) for one in pieces)
+    assert accepted == trace["drafts"]["accepted"] <= trace["drafts"]["proposed"]
+    for leg in ("first_token", "second_token", "rest"):
+        phases = [phase for phase in trace["phases"] if phase["leg"] == leg]
+        assert sum(phase["duration_s"] for phase in phases) == pytest.approx(trace[f"{leg}_s"], abs=1e-9)
+    assert trace["kv_transfer"]["bytes"] > 0
+    assert chunks[-1].usage is None, "that is asked for by itself"
+
+
+def test_whole_answers_say_it_too_and_nobody_else_is_told(door: Door) -> None:
+    whole = door.chat(extra_body={"include_trace": True})
+    assert whole.model_extra["splitfire"]["first_token_s"] > 0
+    assert "splitfire" not in door.chat().model_extra

@@ -11,7 +11,7 @@ import grpc
 
 from splitfire.v1 import inference_pb2 as pb
 from tests.checkpoints import ROOT
-from tests.e2e.fleets import RunningFleet, greedy, start_fleet, until
+from tests.e2e.fleets import RunningFleet, generated_at, greedy, start_fleet, until
 
 PREFILL, DECODE = pb.ROLE_PREFILL, pb.ROLE_DECODE
 
@@ -78,6 +78,7 @@ def test_roles_change_under_load_and_no_client_notices() -> None:
             for summary in pool.map(lambda prompt: fleet.generate(greedy(prompt, 4))[0].summary, prompts):
                 assert summary.kv_transfer.bytes > 0
                 done |= {(phase.name, phase.worker) for phase in summary.phases}
+                done |= {("decode", worker) for worker in generated_at(summary)}
             if {("prefill", "decode-1"), ("decode", "prefill-0")} <= done:
                 break
         else:

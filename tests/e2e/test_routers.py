@@ -13,7 +13,7 @@ import pytest
 from splitfire.cli.supervisor import Fleet, FleetPlan
 from splitfire.v1 import inference_pb2 as pb
 from splitfire.v1 import inference_pb2_grpc
-from tests.e2e.fleets import LONG, RunningFleet, greedy, start_fleet, until
+from tests.e2e.fleets import LONG, SLOW, RunningFleet, greedy, start_fleet, until
 
 
 class TwoRouters(Fleet):
@@ -38,7 +38,7 @@ class Door:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[RunningFleet]:
-    with start_fleet("pico", prefill=1, decode=1, router=("--split=always",), kind=TwoRouters) as running:
+    with start_fleet("pico", prefill=1, decode=1, router=("--split=always",), worker=SLOW, kind=TwoRouters) as running:
         yield running
 
 

@@ -24,6 +24,7 @@ class Waiting:
 
     logits: Logits
     step: Step
+    sample_s: float = 0.0
 
     def tokens(self) -> StepTokens:
         return draw(self.logits, self.step)

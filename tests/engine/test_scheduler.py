@@ -19,9 +19,9 @@ BLOCK = 8
 class Bench:
     """A scheduler whose model is `token = 1`."""
 
-    def __init__(self, num_blocks: int, chunk_tokens: int = 32, max_running: int = 8) -> None:
+    def __init__(self, num_blocks: int, chunk_tokens: int = 32, max_running: int = 8, saturating_rows: int | None = None) -> None:
         self.pool = BlockPool(num_blocks)
-        self.scheduler = Scheduler(self.pool, Budget(chunk_tokens, max_running), BLOCK)
+        self.scheduler = Scheduler(self.pool, Budget(chunk_tokens, max_running, saturating_rows), BLOCK)
         self.num_added = 0
 
     def add(
@@ -94,6 +94,26 @@ def test_decodes_go_first_and_a_chunk_takes_what_is_left() -> None:
     long = bench.add(64, 1, token=100)
     slices = bench.step()
     assert [(s.sequence, s.begin, s.end) for s in slices] == [(short, 8, 9), (long, 0, 16)]
+
+
+def test_a_prompt_is_joined_only_by_what_costs_it_next_to_nothing() -> None:
+    bench = Bench(64, chunk_tokens=64, saturating_rows=16)
+    long = bench.add(40, 9)
+    first, second, third = (bench.add(6, 9, token=100 * i) for i in (1, 2, 3))
+    steps = [[(s.sequence, s.begin, s.end) for s in bench.step()] for _ in range(4)]
+    assert steps[0] == [(first, 0, 6), (second, 0, 6)], "a third would make 18 rows, and both wait for it"
+    assert steps[1] == [(first, 6, 7), (second, 6, 7), (third, 0, 6)]
+    assert steps[2][:3] == [(first, 7, 8), (second, 7, 8), (third, 6, 7)]
+    assert steps[2][3:] == [(long, 0, 40)], "nobody has to end in a step that is full"
+    assert [end - begin for _, begin, end in steps[3]] == [1, 1, 1, 1]
+
+
+def test_who_waits_for_a_step_of_its_own_gets_the_next_one() -> None:
+    """However many come: each is passed only by those that have less to compute."""
+    bench = Bench(64, chunk_tokens=64, saturating_rows=1)
+    prompts = [bench.add(length, 1, token=100 * length) for length in (30, 10, 20, 40)]
+    computed = [[piece.sequence for piece in bench.step()] for _ in range(4)]
+    assert computed == [[prompts[1]], [prompts[2]], [prompts[0]], [prompts[3]]]
 
 
 def test_higher_classes_go_first_and_older_ones_within_a_class() -> None:

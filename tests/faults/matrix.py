@@ -9,7 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-LAYERS = (("faults/sim", "SIM"), ("faults/proc", "PROC"), ("faults/", "SIM"), ("model/", "SIM"), ("e2e/", "PROC"), ("", "UNIT"))
+LAYERS = (
+    ("faults/sim", "SIM"),
+    ("faults/proc", "PROC"),
+    ("faults/", "SIM"),
+    ("model/", "SIM"),
+    ("e2e/", "PROC"),
+    ("compose/", "DOC"),
+    ("", "UNIT"),
+)
 FAULTS = {
     "F01": "prefill worker killed before it begins",
     "F02": "prefill worker killed while it computes",
@@ -98,10 +106,7 @@ FAULTS = {
     "F85": "hours of everything",
 }
 NOT_YET = {
-    "F28": "needs containers: with the compose file",
-    "F29": "needs containers: with the compose file",
     "F35": "needs netem: with the compose file; lost and late messages are in the simulator",
-    "F51": "needs a network that drops packets: with the compose file",
     "F76": "needs a GPU",
     "F85": "nightly, with the compose file",
 }
@@ -137,7 +142,8 @@ def page() -> str:
         "Printed from the tests, whose docstrings name the rows (`tests/faults/matrix.py`); do not edit (`make docs`).",
         "",
         "SIM: one process, virtual time, the real router, services and hand-off. PROC: real processes killed, frozen and flooded; those in",
-        "`faults/proc/long` run with `make test-faults`. `make fault-report` kills and freezes workers under load and counts.",
+        "`faults/proc/long`, and those marked `long`, run with `make test-faults`. DOC: containers, with `make test-compose`. `make",
+        "fault-report` kills and freezes workers under load and counts.",
         "",
         "| row | fault | where |",
         "|---|---|---|",

@@ -6,7 +6,7 @@ import pytest
 
 from tests.kvtransfer import fuzz
 
-FUZZ_S = 30.0
+FUZZ_S = 15.0
 
 
 @pytest.mark.parametrize(("target", "share"), [("frames", 0.5), ("receiver", 0.25), ("sender", 0.25)])

@@ -36,7 +36,7 @@ from splitfire.core.telemetry import Telemetry
 from splitfire.core.wire import layout_to_wire
 from splitfire.engine.blocks import BlockPool
 from splitfire.engine.drawing import Drawn, StepTokens
-from splitfire.engine.engine import Engine
+from splitfire.engine.engine import NOTHING, Engine
 from splitfire.engine.kernels.sample import SampledToken
 from splitfire.engine.lending import Reservation
 from splitfire.engine.pool import KvPool
@@ -276,6 +276,7 @@ class SimHost:
     def __init__(self, worker: SimWorker, engine: Engine, step_s: float) -> None:
         self.engine = engine
         self.step_s = step_s
+        self.latest = NOTHING
         self._worker = worker
         self._is_running = False
         self._commands: deque[Callable[[], None]] = deque()
@@ -315,8 +316,12 @@ class SimHost:
 
     def _end(self, result: StepResult) -> None:
         if not self._worker.is_dead:
-            self._worker.when_awake(lambda: self._worker.on_step(result))
+            self._worker.when_awake(lambda: self._tell(result))
             self._worker.when_awake(self._turn)
+
+    def _tell(self, result: StepResult) -> None:
+        self.latest = result
+        self._worker.on_step(result)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,14 @@ class FakeWorker:
         """Takes everything sent so far; those of one kind."""
         return [getattr(frame, kind) for frame in self.taken() if frame.HasField(kind)]  # type: ignore[arg-type]
 
+    def next_submit(self) -> fleet_pb2.Submit | None:
+        """Takes what was sent up to it; what follows stays."""
+        while self.handle.outbox.qsize():
+            frame = self.handle.outbox.get_nowait()
+            if frame.HasField("submit"):
+                return frame.submit
+        return None
+
     def submits(self) -> list[fleet_pb2.Submit]:
         return self.frames("submit")  # type: ignore[return-value]
 
@@ -120,7 +128,7 @@ class FakeWorker:
                     token_ids=ids,
                     logprobs=[one] * logprobs,
                     draft_tokens=drafted,
-                    accepted_draft_tokens=accepted,
+                    accepted_offsets=range(offset, offset + accepted),
                     choice=choice,
                     timing=fleet_pb2.WorkerTiming(phases=phases) if phases else None,
                 ),
@@ -132,11 +140,17 @@ class FakeWorker:
         reason: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED,
         *,
         choice: int = 0,
+        phases: Sequence[inference_pb2.Phase] = (),
     ) -> None:
         events = self.handle.attempts.get(attempt)
         if events is not None:
-            transfer_id = getattr(events, "transfer_id", b"")
-            finished = fleet_pb2.Finished(attempt=attempt, choice=choice, reason=reason, transfer_id=transfer_id)
+            finished = fleet_pb2.Finished(
+                attempt=attempt,
+                choice=choice,
+                reason=reason,
+                transfer_id=getattr(events, "transfer_id", b""),
+                timing=fleet_pb2.WorkerTiming(phases=phases) if phases else None,
+            )
             events.on_finished(self.handle.incarnation, finished)
 
     def refuse(

@@ -226,6 +226,7 @@ def test_a_stream_that_says_nothing_or_nonsense_is_ended(monkeypatch: pytest.Mon
         async with door() as at:
             silent = at.stub.Attach(metadata=BEARER)
             assert await asyncio.wait_for(silent.read(), 5) is grpc.aio.EOF
+            monkeypatch.setattr(limits, "HELLO_TIMEOUT_S", 5.0)
             wrong = at.stub.Attach(metadata=BEARER)
             await wrong.write(fleet_pb2.AttachRequest(refused=fleet_pb2.Refused(attempt=1)))
             with pytest.raises(grpc.aio.AioRpcError, match="the first one must be hello"):

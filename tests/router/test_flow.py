@@ -105,8 +105,8 @@ async def dispatched(*workers: FakeWorker) -> tuple[FakeWorker, fleet_pb2.Submit
     """The next submit any of them gets."""
     for _ in range(3000):
         for worker in workers:
-            if submits := worker.submits():
-                return worker, submits[0]
+            if (submit := worker.next_submit()) is not None:
+                return worker, submit
         await asyncio.sleep(0.001)
     raise AssertionError("nothing was dispatched")
 
@@ -261,10 +261,10 @@ def test_drafts_are_counted_over_all_attempts_and_never_above_what_was_delivered
         tokenizer = Tokenizer.from_file(str(ModelDir(PICO).tokenizer_path))
         stream = ChoiceStream(asked.choice, TextStream(Detokenizer(tokenizer), ()))
         stream.take()
-        usage = summary_of([asked.choice], [stream], 0.0, 0.0).usage
+        usage = summary_of([stream]).usage
         assert (usage.draft_tokens, usage.accepted_draft_tokens, usage.generated_tokens) == (7, 2, 5)
-        asked.choice.accepted_draft_tokens = 9  # a stop string cut the answer in the middle of a frame
-        assert summary_of([asked.choice], [stream], 0.0, 0.0).usage.accepted_draft_tokens == 5
+        asked.choice.accepted_offsets += range(5, 12)  # a stop string cut the answer in the middle of a frame
+        assert summary_of([stream]).usage.accepted_draft_tokens == 5
 
     play(scene())
 
@@ -450,15 +450,16 @@ def test_a_finished_answer_waits_a_moment_for_what_prefill_measured(how: str, mo
             await asyncio.sleep(0)
         assert not asked.task.done()
         if how == "finishes":
-            p.output(submit.attempt, 0, [7], phases=[inference_pb2.Phase(name="prefill", duration_s=0.1)])
-            p.finish(submit.attempt)
+            p.finish(submit.attempt, phases=[inference_pb2.Phase(name="pack", duration_s=1e-6, leg=inference_pb2.LEG_SECOND_TOKEN)])
         elif how == "dies":
             p.die()
         elif how == "refuses":
             p.refuse(submit.attempt, "handoff_aborted")
         await asyncio.wait_for(asked.task, 10)
         assert asked.choice.ids == [7, 8]
-        assert [phase.name for phase in asked.choice.timeline.worker_phases] == ["prefill"] * (how == "finishes")
+        asked.choice.timeline.sent(1, asked.choice.timeline.accepted_at + 1)
+        asked.choice.timeline.sent(2, asked.choice.timeline.accepted_at + 2)
+        assert ("pack" in {phase.name for phase in asked.choice.timeline.phases()}) == (how == "finishes")
         desk.assert_nothing_left()
         assert bool(p.frames("cancel")) == (how == "says nothing")
 
@@ -724,7 +725,7 @@ def test_cancel_and_deadline_reach_both_workers(streamed: int) -> None:
     async def scene() -> None:
         for how in ("cancel", "deadline"):
             desk = Desk()
-            asked = desk.ask(timeout=30.0 if how == "cancel" else 0.05)
+            asked = desk.ask(timeout=30.0 if how == "cancel" else 0.5)
             [p], [d] = desk.prefills, desk.decodes
             _, submit = await dispatched(p)
             if streamed:

@@ -38,7 +38,7 @@ async def server() -> AsyncIterator[int]:
 
 
 async def say(port: int, *parts: bytes, pause_s: float = 0.0) -> bytes:
-    """All that is answered until the other side closes, or nothing comes for a while."""
+    """All that is answered until the other side closes, or nothing more comes for a while."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     told = bytearray()
 
@@ -53,7 +53,11 @@ async def say(port: int, *parts: bytes, pause_s: float = 0.0) -> bytes:
             writer.write(part)
             await writer.drain()
             await asyncio.sleep(pause_s)
-    await asyncio.wait((reading,), timeout=0.5)
+    for _ in range(10):
+        num_told = len(told)
+        await asyncio.wait((reading,), timeout=0.5)
+        if reading.done() or num_told == len(told) > 0:
+            break
     reading.cancel()
     writer.close()
     return bytes(told)
@@ -141,5 +145,17 @@ def test_a_port_that_is_taken_is_named() -> None:
         async with server() as port:
             with pytest.raises(ConfigError, match=f"http_port {port}"):
                 await HttpServer(echo, None, None).start("127.0.0.1", port, is_shared=False)
+
+    play(scene())
+
+
+def test_trailers_have_no_use_and_end_a_connection() -> None:
+    """Nothing else would bound them."""
+
+    async def scene() -> None:
+        async with server() as port:
+            head = b"POST /x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+            assert (await say(port, head, b"1\r\nx\r\n0\r\n\r\n")).endswith(b"1")
+            assert not await say(port, head, b"1\r\nx\r\n0\r\n", *[b"a: b\r\n"] * 3, pause_s=0.05)
 
     play(scene())

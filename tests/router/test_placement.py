@@ -68,7 +68,7 @@ def test_one_token_is_computed_though_all_of_the_prompt_is_cached() -> None:
     decision = decide(view("p0"), view("d0"), demand=Demand(96, depths={b"p0": 3, b"d0": 3}))
     assert decision is not None
     assert decision.compute_s == pytest.approx(TOKEN_S)
-    assert decision.explain()[0].cached_tokens == 95
+    assert decision.explain(4)[0].cached_tokens == 95
 
 
 def test_kv_that_decode_has_is_not_shipped() -> None:
@@ -87,7 +87,7 @@ def test_shipping_is_hidden_by_computing_but_for_the_last_chunk() -> None:
     prefill = view("p0", chunk_s=0.05, peer_bytes_per_s={b"d0": 1e6})
     decision = decide(prefill, view("d0"), rules=ALWAYS)
     assert decision is not None
-    [candidate] = decision.explain()
+    [candidate] = decision.explain(4)
     assert candidate.compute_s == pytest.approx(0.1)
     assert candidate.ship_s == pytest.approx(0.064)  # 128 tokens of whole blocks, half of them with the last chunk
 
@@ -116,12 +116,12 @@ class TestLocalPrefill:
     def test_its_cost_names_the_sequences_that_wait(self) -> None:
         decision = decide(view("d0", num_running=2))
         assert decision is not None
-        [candidate] = decision.explain()
+        [candidate] = decision.explain(4)
         assert candidate.delay_s == pytest.approx(2 * 0.01 + 2 * 0.1)
         assert candidate.cost_s == pytest.approx(0.1 + 0.22)
         decision = decide(view("p0", queue=queued(9.0)), view("d0"))
         assert decision is not None
-        assert decision.explain()[0].delay_s == pytest.approx(LOCAL_MARGIN_S)
+        assert decision.explain(4)[0].delay_s == pytest.approx(LOCAL_MARGIN_S)
 
 
 class TestRoles:
@@ -304,7 +304,7 @@ def test_the_example_in_the_documentation_is_true() -> None:
         only = [v for v in fleet if v.incarnation in names]
         decision = decide(*only, demand=demand, rules=Rules("always" if second else "never"))
         assert decision is not None
-        found = decision.explain()[0]
+        found = decision.explain(4)[0]
         margin_s = 0.0 if second else LOCAL_MARGIN_S  # that prefill workers are there
         parts = (found.wait_s, found.compute_s, found.ship_s, found.delay_s + margin_s, found.cost_s + margin_s)
         told = [float(part.strip(" *")) for part in numbers.split("|")]

@@ -20,10 +20,11 @@ from router.quotas import Quotas
 from router.tenants import DEFAULT, KeyRing, Tenant, cache_salt
 from router.text_worker import TextEngine
 from splitfire.core.errors import ConfigError, Exhausted, Forbidden, Unauthenticated
+from splitfire.core.flags import parse_settings
 from splitfire.core.hashing import hash_blocks
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.sampling import SamplingParams, StopParams
-from splitfire.core.settings import RouterSettings, parse_settings
+from splitfire.core.settings import RouterSettings
 from splitfire.v1 import fleet_pb2
 from splitfire.v1 import inference_pb2 as pb
 from splitfire.worker.job import JobLimits, make_job

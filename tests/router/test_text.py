@@ -297,16 +297,20 @@ def test_the_pool_answers_like_the_engine(engine: TextEngine) -> None:
 def test_what_takes_too_long_is_ended_and_does_not_hold_up_others(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """B31, B07, S11: a template that never ends costs its caller the time limit, the pool one process, and nobody else anything."""
     loop = "{% if 'forever' in messages[0].content %}" + FOREVER + "{% endif %}{{ messages[0].content }}"
-    monkeypatch.setattr(limits, "TOKENIZE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(limits, "TOKENIZE_TIMEOUT_S", 2.0)
 
     async def scene() -> None:
         pool = TextPool(with_template(model, loop))
         await pool.start()
         slow = asyncio.create_task(pool.encode_chat(Conversation((ChatTurn("user", "forever"),))))
         await asyncio.sleep(0.1)
-        began = time.perf_counter()
-        assert await pool.encode(LONG)
-        assert time.perf_counter() - began < 0.5
+        took_s = []
+        for _ in range(3):  # this process may be kept waiting itself
+            began = time.perf_counter()
+            assert await pool.encode(LONG)
+            took_s.append(time.perf_counter() - began)
+        assert min(took_s) < 0.5
+        assert not slow.done()
         with pytest.raises(SplitfireError) as caught:
             await slow
         assert caught.value.reason == "tokenization_timeout"

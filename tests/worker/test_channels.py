@@ -11,7 +11,8 @@ import pytest
 
 from router.doors import Doors
 from splitfire.cli.credentials import write_certificates
-from splitfire.core.settings import RouterSettings, WorkerSettings, parse_settings
+from splitfire.core.flags import parse_settings
+from splitfire.core.settings import RouterSettings, WorkerSettings
 from splitfire.v1 import fleet_pb2_grpc
 from splitfire.worker.channels import Dialler
 from splitfire.worker.link import LinkOptions, RouterLink

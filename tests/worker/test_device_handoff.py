@@ -13,7 +13,8 @@ from kvtransfer.device_slots import place_of
 from kvtransfer.transport import SlotMemory
 from kvtransfer.ucx import UcxTransport
 from splitfire.core.errors import ConfigError
-from splitfire.core.settings import WorkerSettings, parse_settings
+from splitfire.core.flags import parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.engine.device.handoff import SlotTensor
 from splitfire.worker import transports
 from splitfire.worker.transports import open_transport, slot_tensor

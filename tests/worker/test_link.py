@@ -148,11 +148,11 @@ def test_a_router_that_lost_count_of_cache_events_says_so_on_the_stream_they_cam
 
 def test_what_was_not_sent_yet_is_merged_and_drafts_are_added_up() -> None:
     link = RouterLink(LinkOptions("nowhere:1"), Side(), lambda _error: None)
-    link.output(fleet_pb2.SequenceOutput(attempt=1, offset=0, token_ids=[7, 8], draft_tokens=3, accepted_draft_tokens=1))
-    link.output(fleet_pb2.SequenceOutput(attempt=1, offset=1, token_ids=[8, 9], draft_tokens=2, accepted_draft_tokens=1))
+    link.output(fleet_pb2.SequenceOutput(attempt=1, offset=0, token_ids=[7, 8], draft_tokens=3, accepted_offsets=[1]))
+    link.output(fleet_pb2.SequenceOutput(attempt=1, offset=1, token_ids=[8, 9], draft_tokens=2, accepted_offsets=[2]))
     [unsent] = link._outputs.values()
     assert list(unsent.token_ids) == [7, 8, 9]
-    assert (unsent.draft_tokens, unsent.accepted_draft_tokens) == (5, 2)
+    assert (unsent.draft_tokens, list(unsent.accepted_offsets)) == (5, [1, 2])
 
 
 def test_a_router_that_does_not_want_the_worker_any_more_is_final() -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from splitfire.core.errors import ConfigError, Mismatch
+from splitfire.core.flags import parse_settings
 from splitfire.core.layout import KvLayout
 from splitfire.core.model_dir import ModelDir
-from splitfire.core.settings import WorkerSettings, parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.engine.checkpoint import LoadOptions, load_weights
 from splitfire.engine.kernels.linear import Int8Matrix
 from splitfire.engine.pool import KvPool

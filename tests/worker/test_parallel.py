@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from splitfire.core.errors import ConfigError
-from splitfire.core.settings import WorkerSettings, parse_settings
+from splitfire.core.flags import parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.engine.models.transformer import Weights
 from splitfire.engine.parallel.followers import RankLost
 from splitfire.engine.parallel.plan import RankPlan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 from splitfire.core import limits
 from splitfire.core.errors import SplitfireError, Unavailable
+from splitfire.engine.engine import Engine
+from splitfire.engine.updates import StepResult
 from splitfire.v1 import fleet_pb2, inference_pb2
 from splitfire.worker import role_change
 from splitfire.worker.role_change import RoleChanger
@@ -33,7 +36,19 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rig_of(path: Path, **decode: Any) -> Rig:
     model = load_model(path)
-    return Rig(make_engine(model, chunk_tokens=16, max_running=2), make_engine(model, **{"num_blocks": 256, **decode}))
+    return Rig(slow(make_engine(model, chunk_tokens=16, max_running=2)), slow(make_engine(model, **{"num_blocks": 256, **decode})))
+
+
+def slow(engine: Engine) -> Engine:
+    """So that what is under way still is when a test that was kept waiting looks again: its thread goes on meanwhile."""
+    step = engine.step
+
+    def slowly() -> StepResult:
+        time.sleep(0.01)
+        return step()
+
+    engine.step = slowly  # type: ignore[method-assign]
+    return engine
 
 
 def give_back(rig: Rig, node: Node, *, only_waiting: bool) -> None:

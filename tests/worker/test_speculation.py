@@ -13,10 +13,11 @@ import pytest
 
 from splitfire.core.errors import ConfigError, InvalidInput
 from splitfire.core.fingerprint import Fingerprint
+from splitfire.core.flags import parse_settings
 from splitfire.core.layout import KvLayout
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.sampling import SamplingParams, StopParams
-from splitfire.core.settings import WorkerSettings, parse_settings
+from splitfire.core.settings import WorkerSettings
 from splitfire.core.wire import sampling_to_wire, stopping_to_wire
 from splitfire.engine.speculation.measure import DRAFT_SHAPES, SHAPES, measure_steps
 from splitfire.v1 import fleet_pb2

@@ -61,6 +61,7 @@ class Flight:
     logits: Tensor
     fetching: Fetching  # a token for each row of logits
     is_drawn: NDArray[np.bool_]  # [num_logits]
+    sample_s: float = 0.0  # drawn within the recorded step
 
     def tokens(self) -> StepTokens:
         best = self.fetching.wait()[: len(self.is_drawn)]

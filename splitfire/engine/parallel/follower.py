@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from splitfire.core.errors import ConfigError
+from splitfire.core.flags import exit_with
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.process import end_with_parent
-from splitfire.core.settings import exit_with
 from splitfire.engine.parallel.channel import Channel
 from splitfire.engine.parallel.followers import STEP_S
 from splitfire.engine.parallel.group import join

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from splitfire.core.settings import PARENT_VARIABLE
+from splitfire.core.flags import PARENT_VARIABLE
 from splitfire.engine.parallel.channel import Channel
 from splitfire.engine.parallel.group import Group, join
 from splitfire.engine.parallel.plan import RankPlan

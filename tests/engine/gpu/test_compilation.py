@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=pytest.mark.long)])
 def test_the_first_configuration_of_each_kernel_fits_the_chip(target: str) -> None:
     """All of them, and gfx942: `make kernels-report`. In a process that does not interpret."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

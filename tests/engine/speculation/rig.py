@@ -10,11 +10,10 @@ import torch
 
 from splitfire.core.layout import KvLayout
 from splitfire.engine.blocks import BlockPool
-from splitfire.engine.drawing import StepTokens
 from splitfire.engine.engine import Engine
 from splitfire.engine.models.transformer import Transformer
 from splitfire.engine.pool import KvPool
-from splitfire.engine.runner import Runner
+from splitfire.engine.runner import Launched, Runner
 from splitfire.engine.scheduler import Step
 from splitfire.engine.sequence import SeqId
 from splitfire.engine.speculation.controller import Controller, Offer, Pick
@@ -71,14 +70,14 @@ def make_speculator(
 def let_time_pass(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps take what CHEAP_ROWS says."""
     now = 0.0
-    run = engine.runner.run
+    launch = engine.runner.launch
 
-    def timed(step: Step) -> StepTokens:
+    def timed(step: Step) -> Launched:
         nonlocal now
         num_sequences = len(step.decoding) + len(step.slices)
         num_extra = sum(len(piece.drafts) for piece in step.slices)
         now += CHEAP_ROWS.plain(num_sequences) + CHEAP_ROWS.added(num_sequences)[num_extra]
-        return run(step)
+        return launch(step)
 
-    monkeypatch.setattr(engine.runner, "run", timed)
+    monkeypatch.setattr(engine.runner, "launch", timed)
     monkeypatch.setattr(engine, "_clock", lambda: now)

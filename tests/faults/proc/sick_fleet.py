@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 
 from splitfire.cli.supervisor import Child, Fleet
 from splitfire.v1 import inference_pb2 as pb
-from tests.e2e.fleets import RunningFleet, cpu_s, greedy, start_fleet, until
+from tests.e2e.fleets import RunningFleet, cpu_s, generating, greedy, start_fleet, until
 from tests.e2e.test_handoff import SLOW_RING, Asked, new_prompt
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -112,11 +112,7 @@ class Ground:
     def generating(self) -> str:
         """A decode worker in the middle of an answer."""
 
-        def busy() -> list[str]:
-            return [w.worker_id for w in self.fleet.status().workers if w.role == pb.ROLE_DECODE and w.running_sequences]
-
-        until(busy)
-        return busy()[0]
+        return generating(self.fleet)
 
     def said(self, name: str, event: str) -> list[dict[str, object]]:
         """What a child logged of `event`, all its incarnations together."""

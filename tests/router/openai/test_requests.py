@@ -18,7 +18,8 @@ def chat(**given: Any) -> pb.GenerateRequest:
 
 
 def completion(**given: Any) -> pb.GenerateRequest:
-    return read(CompletionBody, {"prompt": "Hello", **given}).request()
+    [request] = read(CompletionBody, {"prompt": "Hello", **given}).requests()
+    return request
 
 
 def test_every_parameter_reaches_its_field() -> None:
@@ -52,6 +53,13 @@ def test_a_prompt_may_be_ids(prompt: Any) -> None:
     request = completion(prompt=prompt)
     assert list(request.prompt_token_ids) == [1, 2]
     assert not request.HasField("text")
+
+
+@pytest.mark.parametrize("prompts", [["a", "b", "a"], [[1, 2], [3], [4]]])
+def test_several_prompts_are_a_request_each(prompts: Any) -> None:
+    requests = read(CompletionBody, {"prompt": prompts, "temperature": 0.5, "n": 2, "logprobs": 1}).requests()
+    assert [request.text or list(request.prompt_token_ids) for request in requests] == prompts
+    assert {(request.sampling.temperature, request.n, request.sampling.logprobs) for request in requests} == {(0.5, 2, 1)}
 
 
 def test_parts_of_a_message_are_one_text() -> None:
@@ -117,7 +125,7 @@ def test_what_a_chat_may_not_say_is_named(given: dict[str, Any], field: str, err
 @pytest.mark.parametrize(
     ("given", "field"),
     [
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": 3}, "prompt"),
         ({"echo": True}, "echo"),
         ({"best_of": 4}, "best_of"),
@@ -136,3 +144,23 @@ def test_tokenize_and_detokenize() -> None:
     assert read(DetokenizeBody, {"tokens": [1, 2]}).tokens == [1, 2]
     with pytest.raises(InvalidInput, match="tokens"):
         read(DetokenizeBody, {"tokens": [1.5]})
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"prompt": [1] * 20_000 + [1.5]}, "prompt"),
+        ({"prompt": [[1.5]] * 20_000}, "prompt"),
+        ({"prompt": "x", "logit_bias": {str(n): "a" for n in range(20_000)}}, "logit_bias"),
+        ({"prompt": "x", "stop": [[["a"] * 100] * 100] * 2}, "stop"),
+    ],
+)
+def test_a_body_of_many_mistakes_is_refused_before_they_are_counted(given: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidInput, match="holds too many values, accepted: at most 16384") as caught:
+        read(CompletionBody, given)
+    assert caught.value.field == field
+
+
+def test_long_prompts_of_ids_are_not_many_values() -> None:
+    [request] = read(CompletionBody, {"prompt": [7] * 100_000}).requests()
+    assert len(request.prompt_token_ids) == 100_000

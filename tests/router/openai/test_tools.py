@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from router.openai.answers import ChatAnswer
+from router.openai.answers import ChatAnswer, UsageShown
 from router.openai.requests import ChatBody, read
 from router.openai.tools import Forced, Free, Named, Reader, call_schema
 from splitfire.core.errors import InvalidInput
@@ -130,7 +130,9 @@ def test_a_stream_of_calls_is_what_the_whole_answer_has(seed: int) -> None:
     parts = pieces(written, seed)
     responses = [pb.GenerateResponse(text=part) for part in parts]
     responses[-1].finish_reason = pb.FINISH_REASON_STOP
-    streamed, whole = (ChatAnswer("chatcmpl-r", "m", 0, "f", lambda _: b"", lambda: Free(NAMES), has_usage=False) for _ in range(2))
+    streamed, whole = (
+        ChatAnswer("chatcmpl-r", "m", 0, "f", lambda _: b"", lambda: Free(NAMES), UsageShown.NEVER, 0) for _ in range(2)
+    )
     deltas = []
     for response in responses:
         events = streamed.chunk(response).decode().split("\n\n")

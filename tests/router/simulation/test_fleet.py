@@ -9,8 +9,8 @@ import pytest
 from router.simulation import w8, workloads
 from router.simulation.fleet import Setup, SimulatedFleet, simulate
 from router.simulation.result import Result, mean_of, result_of
-from router.simulation.trace import Arrival, Trace
 from splitfire.core.errors import ConfigError
+from splitfire.core.workload_trace import Arrival, Trace
 
 
 def serve(trace: Trace, setup: Setup) -> Result:

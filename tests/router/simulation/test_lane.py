@@ -8,7 +8,7 @@ from router.costs import PromptCost
 from router.simulation.engine import Engine, StepCost
 from router.simulation.lane import Job, Lane
 from router.simulation.timeline import Timeline
-from router.simulation.trace import Arrival
+from splitfire.core.workload_trace import Arrival
 
 ENGINE = Engine(PromptCost(0.001, 1e-4, 1e-7), StepCost(0.002, 1e-4, 1e-6), 1000, 16, chunk_tokens=64)
 

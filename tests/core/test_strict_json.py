@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from router.openai.json_body import MAX_DEPTH, parse_object
 from splitfire.core.errors import InvalidInput
+from splitfire.core.strict_json import MAX_DEPTH, parse_object
 
 
 @pytest.mark.parametrize(

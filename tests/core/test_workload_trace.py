@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from router.simulation.trace import parse_mooncake, read_mooncake
-from router.simulation.workloads import CONVERSATION, TOOLAGENT, Chat, generate
 from splitfire.core.errors import ConfigError
+from splitfire.core.workload_trace import parse_mooncake, read_mooncake
 
 GOOD = {"timestamp": 1500, "input_length": 1100, "output_length": 7, "hash_ids": [1, 2, 3]}
 
@@ -57,17 +56,3 @@ def test_an_empty_or_missing_trace_is_refused(tmp_path: Path) -> None:
         parse_mooncake("t", [])
     with pytest.raises(ConfigError, match=r"none\.jsonl: No such file"):
         read_mooncake(tmp_path / "none.jsonl")
-
-
-@pytest.mark.parametrize(("chat", "num_in", "num_out", "found"), [(CONVERSATION, 12035, 343, 0.40), (TOOLAGENT, 8596, 182, 0.59)])
-def test_generated_traces_have_the_published_statistics(chat: Chat, num_in: int, num_out: int, found: float) -> None:
-    arrivals = generate(chat, 0, chat.num_requests).arrivals
-    seen: set[int] = set()
-    num_found = 0
-    for arrival in arrivals:
-        num_found += 512 * sum(name in seen for name in arrival.names)
-        seen.update(arrival.names)
-    total = sum(arrival.num_tokens for arrival in arrivals)
-    assert total / len(arrivals) == pytest.approx(num_in, rel=0.03)
-    assert sum(arrival.num_output for arrival in arrivals) / len(arrivals) == pytest.approx(num_out, rel=0.03)
-    assert num_found / total == pytest.approx(found, abs=0.02)

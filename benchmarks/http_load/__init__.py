@@ -1,0 +1,1 @@
+"""`splitfire up` under a load tool that nobody here wrote."""
