@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,20 @@ def test_one_token_of_many_heads_is_many_rows(dtype: str, rounds: bool, tmp_path
     want = whole.whole()
     got = torch.cat([stepwise.step([Piece(0, at, at + 1)]).values for at in range(69)])
     assert torch.equal(got, want)
+
+
+@IS_ROUNDED
+def test_steps_of_one_task_leave_nothing_for_the_next(rounds: bool, tmp_path: Path) -> None:
+    """One head of KV, one thread: many rows, few, and many again, with nothing to fetch after them. A worker was seen to fetch for ever."""
+    save_checkpoint(family_configs()["multi-query"], tmp_path)
+    prompts = prompts_of(300, 1, 10)
+    bench, alone = (Bench(load_compiled(tmp_path, "bf16" if rounds else "fp32", num_threads=1, rounds=rounds), "bf16", prompts) for _ in "ab")
+    got: list[Tensor] = []
+    steps = threading.Thread(target=lambda: got.append(bench.whole()), daemon=True)  # a step that hangs is deaf to every signal
+    steps.start()
+    steps.join(30)
+    assert not steps.is_alive()
+    assert torch.equal(got[0][-10:], alone.step([Piece(2, 0, 10)]).values)
 
 
 def test_a_long_context_is_shared_by_threads_and_says_the_same() -> None:

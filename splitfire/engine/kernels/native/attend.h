@@ -90,10 +90,12 @@ struct Context {
 // thread more in several places at a time, so the runs of blocks are fetched side by side.
 class Fetcher {
 public:
+    // Begins anew, with nothing. Runs and lines count in their own ways: what one of them has left, the other would read past its end.
+    void clear() { num_runs_ = next_ = offset_ = longest_ = 0; }
     // Begins anew, with the keys and values of a part.
     void begin(const Context& context, int64_t part) {
         const Pool& pool = *context.pool;
-        num_runs_ = next_ = offset_ = longest_ = 0;
+        clear();
         for (const Side side : {KEYS, VALUES}) {
             context.each_piece(part, [&](int64_t, int64_t count, int64_t block, int64_t place) {
                 const int64_t bytes = count * pool.vector_bytes();
@@ -146,10 +148,11 @@ struct Attention {
     int64_t seen(int64_t row, int64_t begin) const { return std::clamp<int64_t>(position(row) + 1 - begin, 0, context.part_size(begin / PART)); }
     float* partial(int64_t part, int64_t row) const { return partials + ((part - first_part) * rows + row) * partial_stride; }
 
-    // Of what is read after `part`.
+    // Of what is read after `part`, if anything is.
     void fetch_next(int64_t part, Fetcher& fetcher) const {
         if (part + 1 < end_part) fetcher.begin(context, part + 1);
         else if (after.pool) fetcher.begin(after, after_part);
+        else fetcher.clear();
     }
 };
 
