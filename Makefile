@@ -1,5 +1,5 @@
 # Each target is one command a person may want; nothing here is needed to build.
-.PHONY: demo test test-fast test-browser screenshots test-faults test-compose fault-report check proto docs model-check bug-gate leak-check fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-arrivals bench-quality bench-transfer bench-scheduler bench-engine bench-simulate bench-router bench-http-load test-gpu bench-gpu bench-opponents kernels-report checkpoint pico clean
+.PHONY: demo test test-fast test-browser screenshots test-faults test-compose fault-report check proto docs model-check bug-gate leak-check sanitized fuzz bench bench-handoff bench-batching bench-idle bench-gap bench-memory bench-arrivals bench-quality bench-transfer bench-scheduler bench-engine bench-simulate bench-router bench-http-load test-gpu bench-gpu bench-opponents kernels-report checkpoint pico clean
 
 demo:            ## the main job once, on the built-in model
 	scripts/demo
@@ -43,6 +43,9 @@ bug-gate:        ## twelve bugs planted, each caught
 
 leak-check:      ## 10 000 transfers over each transport, three in ten aborted: nothing may stay behind (a minute)
 	.venv/bin/python -m tests.kvtransfer.leaks 10000
+
+sanitized:       ## the compiled code under AddressSanitizer and UBSan (four minutes)
+	scripts/sanitized
 
 fuzz:            ## a minute of hostile frames and messages, other ones each time
 	.venv/bin/python -m tests.kvtransfer.fuzz 60

@@ -108,7 +108,8 @@ constexpr bool HAS_BF16_UNITS = true;
 
 // sum + a's first * b's first + a's second * b's second, in each lane.
 INLINE Floats dot(Floats sum, Floats a, Floats b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-INLINE Floats dot_some(Floats sum, __mmask16 lanes, Floats a, Floats b) { return _mm512_mask_dpbf16_ps(sum, lanes, (__m512bh)a, (__m512bh)b); }
+// Not _mm512_mask_dpbf16_ps: GCC 12 takes its mask for one of eight lanes, and loses the others wherever it moves it with kmovb.
+INLINE Floats dot_some(Floats sum, __mmask16 lanes, Floats a, Floats b) { return _mm512_mask_mov_ps(sum, lanes, dot(sum, a, b)); }
 
 // Sixteen numbers rounded to bf16, ties to even, subnormals to zero: side by side, and each with that of the other vector.
 INLINE void store_narrow(uint16_t* to, Floats x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x)); }
