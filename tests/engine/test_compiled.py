@@ -195,7 +195,8 @@ def test_steps_of_one_task_leave_nothing_for_the_next(rounds: bool, tmp_path: Pa
     save_checkpoint(family_configs()["multi-query"], tmp_path)
     prompts = prompts_of(300, 1, 10)
     bench, alone = (
-        Bench(load_compiled(tmp_path, "bf16" if rounds else "fp32", num_threads=1, rounds=rounds), "bf16", prompts) for _ in range(2)
+        Bench(load_compiled(tmp_path, "bf16" if rounds else "fp32", num_threads=1, rounds=rounds), "bf16", prompts)
+        for _ in range(2)
     )
     got: list[Tensor] = []
     steps = threading.Thread(target=lambda: got.append(bench.whole()), daemon=True)  # a step that hangs is deaf to every signal
