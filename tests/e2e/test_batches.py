@@ -230,6 +230,7 @@ def test_a_tenants_batch_is_its_own(tmp_path: Path) -> None:
 # -- the same file, run from outside
 
 
+@pytest.mark.long
 def test_the_command_runs_a_batch_file_though_the_router_is_killed(tmp_path: Path) -> None:
     port = quiet_port()
     requests, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
