@@ -48,6 +48,7 @@ def test_a_pair_of_its_own_takes_shared_memory() -> None:
     assert not left_over()
 
 
+@pytest.mark.long
 def test_a_machine_that_is_told_to_use_tcp_is_loud_about_it() -> None:
     ran = doctor(UCX_TLS="tcp")
     assert ran.returncode == 1

@@ -234,7 +234,7 @@ def _watched(fleet: RunningFleet) -> bool:
         return False
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(6, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.long)])
 def test_an_idle_fleet_ends_at_once(rounds: int) -> None:
     """A cancellation that is swallowed leaves a process behind until somebody kills it; once in many times, so many times."""
     for _ in range(rounds):
@@ -305,6 +305,7 @@ def test_ctrl_c_while_starting_ends_quietly(number: int) -> None:
     until(lambda: not any(child.is_running() for child in children), 10)
 
 
+@pytest.mark.long
 def test_services_work_without_asserts(monkeypatch: pytest.MonkeyPatch) -> None:
     """B116: nothing from outside is checked by an assert, nothing needed happens inside one."""
     monkeypatch.setenv("PYTHONOPTIMIZE", "1")

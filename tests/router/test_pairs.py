@@ -195,7 +195,7 @@ def test_measuring_asks_the_prefill_workers() -> None:
         await until(lambda: prefill.handle.outbox.qsize())
         assert prefill.frames("measure") == [fleet_pb2.Measure(peer_incarnation=decode.handle.incarnation)]
         assert decode.taken() == []
-        report = measured(decode.handle.incarnation, memcpy_bytes_per_s=16e9, age_s=0.001)
+        report = measured(decode.handle.incarnation, memcpy_bytes_per_s=16e9, age_s=0.0)
         fleet.on_report(fleet_pb2.ReportRequest(incarnation=prefill.handle.incarnation, pair=report))
         await waiting
         [pair] = describe(fleet).pairs
