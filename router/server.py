@@ -47,6 +47,7 @@ from splitfire.core.errors import ConfigError
 from splitfire.core.model_dir import ModelDir, others_who_may_change, shows_tools
 from splitfire.core.model_source import served_name
 from splitfire.core.outlets import MetricsOutlets, wants_metrics
+from splitfire.core.process import end_soon
 from splitfire.core.settings import LOOPBACK, RouterSettings
 from splitfire.core.telemetry import Telemetry
 from splitfire.core.validation import ModelLimits
@@ -64,7 +65,7 @@ log = structlog.get_logger("router")
 TICK_S = 0.5
 SETTLE_S = 0.05
 GC_THRESHOLDS = (50_000, 20, 100)  # objects of requests die by themselves; looking for circles takes a tenth of a request otherwise
-SHUTDOWN_S = 3.0  # for saying goodbye; the process ends whatever happens
+SHUTDOWN_S = 3.0  # for saying goodbye
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", int(limits.KEEPALIVE_TIME_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(limits.KEEPALIVE_TIMEOUT_S * 1000)),
@@ -126,6 +127,7 @@ class RouterServer:
         self._is_pump_due = False
         self._changed = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._exit_code = 0
         self._health = HealthServicer()
         options = (*PUBLIC_OPTIONS, ("grpc.so_reuseport", int(settings.share_port)))
         self._public = grpc.aio.server(options=options, interceptors=(Gate(self._doors.access),))
@@ -186,12 +188,14 @@ class RouterServer:
         )
 
     async def run(self) -> int:
-        """Until drained; the exit code."""
+        """Until drained, or lost to a bug; the exit code."""
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
         ticker = asyncio.create_task(self._tick(), name="router-tick")
+        ticker.add_done_callback(self._on_ticker_done)
         await self._stopped.wait()
+        end_soon()
         ticker.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_S):
@@ -209,7 +213,7 @@ class RouterServer:
         self.telemetry.shutdown()
         if self._usage is not None:
             self._usage.close()
-        return 0
+        return self._exit_code
 
     def drain(self) -> None:
         """SIGTERM: refuse new requests, let open ones finish within the grace time. The second time: at once."""
@@ -321,6 +325,13 @@ class RouterServer:
             await self._tell_health()
             if self._is_draining and self._inference.num_active == 0:
                 self._stopped.set()
+
+    def _on_ticker_done(self, ticker: asyncio.Task[None]) -> None:
+        """Without it nothing would notice the silent, nor end a drain."""
+        if not ticker.cancelled() and (exc := ticker.exception()) is not None:
+            log.error("router stops", error=type(exc).__name__, detail=str(exc), exc_info=exc)
+            self._exit_code = 1
+            self._stopped.set()
 
     def _can_serve(self) -> bool:
         """Whether a request could be placed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -21,6 +22,7 @@ from splitfire.cli.top import top
 from splitfire.cli.up import demo, up
 from splitfire.core.errors import ConfigError, one_line
 from splitfire.core.flags import exit_with
+from splitfire.core.process import end_now
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,19 +66,24 @@ def _become(module: str, arguments: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606
 
 
-def main() -> None:
+def main() -> NoReturn:
+    end_now(_run())
+
+
+def _run() -> int:
+    """The exit code."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # a typer.Exit comes back as its code
+        return app(standalone_mode=False) or 0  # a typer.Exit comes back as its code
     except ConfigError as exc:
-        sys.exit(exit_with(exc))
+        return exit_with(exc)
     except ServerError as exc:
         err.print(f"splitfire: {one_line(str(exc))}", markup=False)
-        sys.exit(1)
+        return 1
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        return 130
     except typer._click.exceptions.ClickException as exc:
         exc.show()
-        sys.exit(exc.exit_code)
+        return exc.exit_code
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ READY_TIMEOUT_S = 1800.0  # a large checkpoint takes its time
 PAIR_TIMEOUT_S = 10.0
 POLL_S = 0.05
 FIRST_RESTART_S, MAX_RESTART_S = 1.0, 30.0
-STOP_TIMEOUT_S = 70.0
+STOP_TIMEOUT_S = 70.0  # the longest grace time, and the goodbye after it
 OWN_PORTS, PORT_TRIES = range(20_000, 32_000), 100
 
 
@@ -165,16 +165,19 @@ class Fleet:
 
     def stop(self, *, now: bool = False) -> None:
         """Asks every child to finish what it has, or ends them at once. The logs go too when all went well."""
-        living = [c.process for c in reversed(self.children) if c.process is not None and c.process.poll() is None]
-        for process in living:
+        living = [(c, c.process) for c in reversed(self.children) if c.process is not None and c.process.poll() is None]
+        for _, process in living:
             process.send_signal(signal.SIGKILL if now else signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        for process in living:
+        for child, process in living:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.returncode not in (0, -signal.SIGTERM) and self.is_ready and not now:
+                self.has_lost_child = True
+                self.say(f"{child.name} did not end as it should; its log is {child.log}")
         if self.is_ready and not self.has_lost_child:
             shutil.rmtree(self.directory, ignore_errors=True)
         else:  # somebody may want to know why

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,8 @@ from splitfire.v1 import inference_pb2 as pb
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+LOOK_S = 0.2
+ENDING = (signal.SIGINT, signal.SIGTERM)
 DEMO_PROMPT = "class Point:\n    def __init__(self, x, y):\n        self.x = x"
 
 
@@ -86,9 +88,9 @@ def up(
             f"OpenAI's clients:  http://127.0.0.1:{http_port}/v1; in a browser: http://127.0.0.1:{http_port}/\n"
             f"(logs: {fleet.directory}; Ctrl-C ends it)"
         )
-        with suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(0.2)
+        with asked_to_end() as is_asked:
+            while not is_asked():
+                time.sleep(LOOK_S)
                 fleet.watch()
         err.print("ending the fleet")
 
@@ -157,7 +159,8 @@ def running(plan: FleetPlan) -> Iterator[Fleet]:
     def ended(number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, ended)
+    for number in ENDING:  # also SIGINT: a shell makes it ignored by what it starts in the background
+        signal.signal(number, ended)
     try:
         fleet.start()
         with err.status(f"starting {plan.num_prefill} prefill and {plan.num_decode} decode workers with {plan.model_name}"):
@@ -169,6 +172,19 @@ def running(plan: FleetPlan) -> Iterator[Fleet]:
         raise typer.Exit(130) from None
     finally:
         _stop(fleet)
+
+
+@contextmanager
+def asked_to_end() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came while inside. Nothing is raised: an exception while a child is looked at could leave a lock of
+    `subprocess` taken for ever."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda got, _frame: asked.append(got)) for number in ENDING}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def print_ready(fleet: Fleet, status: pb.GetFleetResponse) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import resource
 import signal
+import sys
+from typing import NoReturn
 
 from google.protobuf.internal import api_implementation
 
@@ -13,6 +16,8 @@ from splitfire.core.errors import ConfigError
 from splitfire.core.flags import PARENT_VARIABLE
 
 MIN_OPEN_FILES = 1024
+END_S = 8.0  # for saying goodbye, after the grace time
+UNSAID = 120  # the exit code when what was said could not be written, as Python has it
 _PR_SET_PDEATHSIG = 1
 
 
@@ -39,3 +44,19 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if str(os.getppid()) != parent:  # it was gone already
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_soon() -> None:
+    """Nothing is served any more: within END_S this process is gone, with code 1 where something still blocked it, also if that was in
+    a library and held the interpreter's lock. What every thread did then is written to stderr."""
+    faulthandler.dump_traceback_later(END_S, exit=True)
+
+
+def end_now(code: int) -> NoReturn:
+    """Nothing is left to save. Libraries' destructors and threads are not waited for: some block once their peers are dead."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads, or the disk is full
+        code = code or UNSAID
+    os._exit(code)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from typing import NoReturn
 
 import uvloop
 
@@ -14,7 +15,7 @@ from kvtransfer.transport import Transport
 from prefill_svc.service import PrefillService
 from splitfire.core.errors import ConfigError
 from splitfire.core.flags import exit_with, parse_settings
-from splitfire.core.process import end_with_parent, require_environment
+from splitfire.core.process import end_now, end_with_parent, require_environment
 from splitfire.core.settings import WorkerSettings
 from splitfire.core.telemetry import configure_logging
 from splitfire.worker.loading import LoadedModel, load_model
@@ -24,15 +25,15 @@ from splitfire.worker.worker import Worker
 SWITCH_INTERVAL_S = 0.0005  # between the engine thread and the io thread; Python's default of 5 ms is a token
 
 
-async def serve(settings: WorkerSettings, loaded: LoadedModel, transport: Transport) -> int:
+async def serve(settings: WorkerSettings, loaded: LoadedModel, transport: Transport) -> NoReturn:
     worker = Worker(settings, loaded, transport, lambda context: (PrefillService(context), DecodeService(context)))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.drain)
-    return await worker.run()
+    end_now(await worker.run())  # here, where nothing of UCX has been let go of
 
 
-def main() -> int:
+def main() -> NoReturn:
     try:
         end_with_parent()
         require_environment()
@@ -42,9 +43,9 @@ def main() -> int:
             pin(settings.cpu_numbers)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         transport = open_transport(settings)
-        return uvloop.run(serve(settings, load_model(settings), transport))
+        uvloop.run(serve(settings, load_model(settings), transport))
     except ConfigError as exc:
-        return exit_with(exc)
+        end_now(exit_with(exc))
 
 
 def pin(cpus: tuple[int, ...]) -> None:
@@ -56,7 +57,4 @@ def pin(cpus: tuple[int, ...]) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # UCX endpoints of dead peers may block in their destructors; nothing is left to save
+    main()

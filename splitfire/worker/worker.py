@@ -21,6 +21,7 @@ from splitfire.core.errors import Mismatch, SplitfireError
 from splitfire.core.fingerprint import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from splitfire.core.machine import facts_to_wire
 from splitfire.core.outlets import MetricsOutlets, wants_metrics
+from splitfire.core.process import end_soon
 from splitfire.core.scrape_target import ScrapeTarget
 from splitfire.core.secret_files import read_secret
 from splitfire.core.settings import WorkerSettings
@@ -47,7 +48,7 @@ from splitfire.worker.routers import Routers
 
 log = structlog.get_logger("worker")
 WATCH_EVERY_S = 0.5
-SHUTDOWN_S = 3.0  # for saying goodbye; the process ends whatever happens
+SHUTDOWN_S = 3.0  # for saying goodbye
 STUCK_S = 60.0  # a step that takes longer than this means the engine is lost, not slow
 
 
@@ -139,6 +140,7 @@ class Worker:
         for task in tasks:
             task.add_done_callback(self._on_task_done)
         await self._exit.wait()
+        end_soon()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_S):
                 await self._routers.flush()

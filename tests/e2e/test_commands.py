@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from splitfire.cli.supervisor import free_port
@@ -52,6 +53,7 @@ class Terminal:
             "SPLITFIRE_HTTP_PORT": str(self.http),
             "SPLITFIRE_SERVER": f"127.0.0.1:{self.grpc}",
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
         }
         self.said = ""
         self._fleet: subprocess.Popen[str] | None = None
@@ -97,8 +99,21 @@ class Terminal:
         """Ctrl-C."""
         if self._fleet is not None:
             self._fleet.send_signal(signal.SIGINT)
-            assert self._fleet.wait(30) in (0, 130, -2)
+            try:
+                code = self._fleet.wait(30)
+            except subprocess.TimeoutExpired:
+                pytest.fail(self._what_blocks(psutil.Process(self._fleet.pid)))
+            assert code in (0, 130, -2)
             self._fleet = None
+
+    def _what_blocks(self, fleet: psutil.Process) -> str:
+        """What every thread of every process of the fleet does, and what they logged."""
+        for process in (*fleet.children(), fleet):  # faulthandler answers, PYTHONFAULTHANDLER is set
+            process.send_signal(signal.SIGABRT)
+        psutil.wait_procs([fleet], 10)
+        said = (self.folder / "up.log").read_text()
+        logs = sorted(Path(re.findall(r"logs: (\S+);", said)[-1]).glob("*.log"))
+        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in (self.folder / "up.log", *logs))
 
     def _sh(self, script: str) -> None:
         if not script.strip():

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -248,10 +248,10 @@ def test_an_idle_fleet_ends_at_once(rounds: int) -> None:
 # -- splitfire up
 
 
-def start_up(*flags: str) -> tuple[subprocess.Popen[str], list[str]]:
+def start_up(*flags: str, through: Sequence[str] = ()) -> tuple[subprocess.Popen[str], list[str]]:
     """`splitfire up pico`, and the lines it printed until it was ready."""
     up = subprocess.Popen(
-        [*SPLITFIRE, "up", "pico", "--port=0", "--http-port=0", *flags],
+        [*through, *SPLITFIRE, "up", "pico", "--port=0", "--http-port=0", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -328,10 +328,12 @@ def test_a_killed_supervisor_takes_its_children_along() -> None:
 
 
 def test_up_aggregated() -> None:
-    up, lines = start_up("--aggregated")
+    """And begun as a script begins what shall run beside it: with SIGINT ignored, until it says otherwise."""
+    up, lines = start_up("--aggregated", through=["bash", "-c", "trap '' INT; exec \"$@\"", "-"])
     assert not any("prefill-0" in line for line in lines)
-    up.terminate()
-    up.communicate(timeout=20)
+    up.send_signal(signal.SIGINT)
+    said, _ = up.communicate(timeout=20)
+    assert said.strip() == "ending the fleet"
 
 
 def test_a_port_in_use_is_one_line_and_exit_code_2() -> None:

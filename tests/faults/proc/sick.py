@@ -26,7 +26,7 @@ VERSION, HANG = "SICK_VERSION", "SICK_HANG"
 
 def ill_router() -> None:
     RouterServer.run = _listening(RouterServer.run, signal.SIGUSR2, _block)  # type: ignore[assignment,method-assign]
-    sys.exit(router_main.main())
+    router_main.main()
 
 
 def ill_worker() -> None:
@@ -58,10 +58,7 @@ def ill_worker() -> None:
         vars(worker).update(PROTOCOL_MAJOR=major, PROTOCOL_MINOR=minor)
     run = _listening(worker.Worker.run, signal.SIGUSR1, is_dying.set)
     worker.Worker.run = _listening(run, signal.SIGUSR2, _block)  # type: ignore[assignment,method-assign]
-    code = worker_main.main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as a worker does
+    worker_main.main()
 
 
 def _block() -> None:
