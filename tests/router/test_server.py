@@ -9,9 +9,12 @@ import pytest
 
 from router import server
 from router.server import RouterServer
+from splitfire.core.flags import parse_settings
 from splitfire.core.model_dir import ModelDir
 from splitfire.core.settings import RouterSettings
 from tests.checkpoints import PICO
+
+FLAGS = [f"--model={PICO}", "--port=0", "--worker-port=0"]
 
 
 def test_a_router_that_lost_its_clock_to_a_bug_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +25,7 @@ def test_a_router_that_lost_its_clock_to_a_bug_ends(monkeypatch: pytest.MonkeyPa
             raise ZeroDivisionError
 
     async def run() -> int:
-        router = Broken(RouterSettings(model=str(PICO), port=0, worker_port=0), ModelDir(PICO))
+        router = Broken(parse_settings(RouterSettings, FLAGS, prog="router"), ModelDir(PICO))
         async with asyncio.timeout(60.0):
             await router.start()
             return await router.run()
