@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 V1, CORE, ENGINE, WORKER, CLI = "splitfire.v1", "splitfire.core", "splitfire.engine", "splitfire.worker", "splitfire.cli"
 
-# room -> rooms it may import. The worker's __main__ is a room of its own: it joins the two ends.
+# room -> rooms it may import. The worker's serve.py is a room of its own: it joins the two ends.
 ROOMS: dict[str, set[str]] = {
     V1: set(),
     CORE: {V1},
@@ -19,7 +19,8 @@ ROOMS: dict[str, set[str]] = {
     WORKER: {CORE, V1, ENGINE, "kvtransfer"},
     "prefill_svc": {CORE, V1, ENGINE, "kvtransfer", WORKER},
     "decode_svc": {CORE, V1, ENGINE, "kvtransfer", WORKER},
-    "splitfire.worker.__main__": {CORE, V1, ENGINE, "kvtransfer", WORKER, "prefill_svc", "decode_svc"},
+    "splitfire.worker.serve": {CORE, V1, ENGINE, "kvtransfer", WORKER, "prefill_svc", "decode_svc"},
+    "splitfire.worker.__main__": {CORE, "splitfire.worker.serve"},
     "router": {CORE, V1},
     CLI: {CORE, V1},
 }

@@ -1,4 +1,4 @@
 """What both roles share: attach to routers, host the engine thread, report load, drain, health.
 
-A worker process hosts both ends of a hand-off; its role is what it announces. `__main__.py` joins the ends.
+A worker process hosts both ends of a hand-off; its role is what it announces. `serve.py` joins the ends.
 """
