@@ -32,7 +32,16 @@ from kvtransfer.transport import Done, Link, OnControl, SlotMemory
 from splitfire.core.errors import ConfigError, Unavailable
 
 # What UCX may register memory with. It then watches every unmapping, by patching functions as it is loaded, which takes 0.4 s.
-REGISTERING = ("/sys/class/infiniband", "/dev/xpmem", "/dev/knem", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/kfd", "/dev/dri")
+REGISTERING = (
+    "/sys/class/infiniband",
+    "/dev/xpmem",
+    "/dev/knem",
+    "/dev/nvidiactl",
+    "/dev/nvidia-uvm",
+    "/dev/kfd",
+    "/dev/dri",
+    "/dev/dxg",
+)
 
 for _name, _value in {
     "UCX_POSIX_ERROR_HANDLING": "y",

@@ -188,6 +188,7 @@ def test_a_batch_outlives_a_router_that_is_killed(tmp_path: Path) -> None:
             assert row["response"]["body"]["choices"][0]["text"] == complete(door, prompt=prompt, max_tokens=40).choices[0].text
 
 
+@pytest.mark.long
 def test_of_two_routers_one_has_a_batch_and_the_other_goes_on_with_it(tmp_path: Path) -> None:
     port = quiet_port()
     router = ("--split=always", f"--http-port={port}", f"--files-dir={tmp_path}", "--batch-requests=2")

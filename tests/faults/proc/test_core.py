@@ -134,6 +134,7 @@ def test_cancel_storm(ground: Ground) -> None:
         watched.assert_right()
 
 
+@pytest.mark.long
 def test_fd_exhaustion_refuses_new(ground: Ground) -> None:
     """F30: a router without descriptors keeps its streams, takes nobody new, and is as before when it has some again."""
     router = ground.process("router")
